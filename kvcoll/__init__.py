@@ -1,0 +1,12 @@
+"""A key-value store for data-parallel training over MPI and NCCL.
+
+MXNet's KVStore, rebuilt: ``create`` a store, ``init`` keys, ``push`` gradients, which
+are summed over devices and ranks and update each rank's replica, and ``pull`` values.
+"""
+
+from . import errors, optimizer
+from ._version import __version__
+from .create import create
+from .store import KVStore
+
+__all__ = ["KVStore", "__version__", "create", "errors", "optimizer"]

@@ -1,0 +1,206 @@
+"""What an array is to kvcoll, and how one of any library is read and written.
+
+Rules of the file: CuPy is found by the array that the caller hands over, never
+imported before; no other file asks which library an array is of; nothing here
+changes an array that the caller pushes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ArrayError, DTypeMismatchError, MissingDependencyError
+
+Array: TypeAlias = npt.NDArray[Any]
+DType: TypeAlias = np.dtype[Any]
+
+_CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory that the CPU reads directly
+_CUDA_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged
+
+
+@runtime_checkable
+class SupportsDLPack(Protocol):
+    """An array of any library that follows the Python array API's DLPack protocol."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+def describe(array: Array) -> str:
+    """Write an array's dtype and shape as every message of kvcoll does: ``float32[2, 3]``."""
+    return signature(array.shape, array.dtype)
+
+
+def signature(shape: tuple[int, ...], dtype: DType) -> str:
+    """Write a shape and a dtype as `describe` does."""
+    return f"{dtype.name}[{', '.join(map(str, shape))}]"
+
+
+def as_array(value: object) -> Array:
+    """View a value as a NumPy array; only what lies on a GPU is copied.
+
+    Parameters
+    ----------
+    value : array
+        Of NumPy, or of any library that speaks DLPack (CuPy, torch, JAX).
+
+    Raises
+    ------
+    ArrayError
+        It is no array, or one with a mask.
+    MissingDependencyError
+        It lies on a GPU and CuPy is not installed.
+    """
+    if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray):
+            raise ArrayError("a masked array has no one sum: push its .filled(0)")
+        return value.view(np.ndarray)
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    if isinstance(value, SupportsDLPack):
+        return _from_dlpack(value)
+    raise ArrayError(
+        f"expected an array of NumPy, CuPy or DLPack, got {type(value).__name__}: "
+        "make it one, for example with numpy.asarray"
+    )
+
+
+def as_output(out: object) -> tuple[Array, Array | None]:
+    """View an output as a NumPy array that can be written.
+
+    Returns
+    -------
+    host : numpy.ndarray
+        What to write.
+    device : cupy.ndarray or None
+        For an output on a GPU: to be filled from `host` by `fill_device`.
+
+    Raises
+    ------
+    ArrayError
+        It is no array, or is read-only.
+    """
+    if isinstance(out, np.ndarray):
+        host = out.view(np.ndarray)
+    elif isinstance(out, SupportsDLPack):
+        if out.__dlpack_device__()[0] in _CUDA_DEVICES:
+            device = _cupy().from_dlpack(out)
+            return np.empty(device.shape, device.dtype), device
+        host = _from_dlpack(out)
+        if not host.flags.writeable and _is_legacy_capsule(out):
+            host = _writable_alias(host)
+    else:
+        raise ArrayError(f"an output must be an array, got {type(out).__name__}")
+    if not host.flags.writeable:
+        raise ArrayError(f"the output {describe(host)} is read-only: give one that can be written")
+    return host, None
+
+
+def fill_device(device: Array, host: Array) -> None:
+    """Copy a filled host array into the GPU array that `as_output` gave with it."""
+    device[...] = _cupy().asarray(host)
+
+
+def _from_dlpack(value: SupportsDLPack) -> Array:
+    kind = value.__dlpack_device__()[0]
+    if kind in _CUDA_DEVICES:
+        host: Array = _cupy().from_dlpack(value).get()
+        return host
+    if kind not in _CPU_DEVICES:
+        raise ArrayError(
+            f"{type(value).__name__} lies on a device of DLPack type {kind}: "
+            "kvcoll reads the memory of the CPU and of CUDA"
+        )
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, TypeError, RuntimeError) as error:
+        raise ArrayError(f"{type(value).__name__} cannot be read by DLPack: {error}") from error
+
+
+def _is_legacy_capsule(value: SupportsDLPack) -> bool:
+    # Before DLPack 1.0 a capsule could not say whether it is read-only; NumPy then
+    # marks the array read-only to be on the safe side, though a tensor is not.
+    return '"dltensor"' in repr(value.__dlpack__())
+
+
+def _writable_alias(array: Array) -> Array:
+    if array.size == 0:
+        return np.empty(array.shape, array.dtype)
+    first = array.__array_interface__["data"][0]
+    reach = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    low = first + sum(min(0, r) for r in reach)
+    high = first + sum(max(0, r) for r in reach) + array.itemsize
+    memory = (ctypes.c_char * (high - low)).from_address(low)
+    return np.ndarray(array.shape, array.dtype, memory, first - low, array.strides)
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingDependencyError(
+            "an array lies on a GPU and CuPy is not installed: pip install 'kvcoll[gpu]'"
+        ) from error
+    return cupy
+
+
+def is_small_float(dtype: DType) -> bool:
+    """Say whether sums of this dtype are taken in float32 (float16, bfloat16, float8)."""
+    return dtype == np.float16 or _is_extension_float(dtype)
+
+
+def wide(dtype: DType) -> DType:
+    """Give the dtype in which sums of `dtype` are accumulated."""
+    return np.dtype(np.float32) if is_small_float(dtype) else dtype
+
+
+def _is_extension_float(dtype: DType) -> bool:
+    return dtype.type.__module__ == "ml_dtypes" and "float" in dtype.name
+
+
+@lru_cache(maxsize=256)
+def native(dtype: DType) -> DType:
+    """Give the dtype, in this machine's byte order, under which values are stored.
+
+    Raises
+    ------
+    DTypeMismatchError
+        NumPy has no sum of numbers for it.
+    """
+    if dtype.kind not in "biufc" and not _is_extension_float(dtype):
+        raise DTypeMismatchError(
+            f"values of dtype {dtype} cannot be summed: use a float, complex, integer or bool dtype"
+        )
+    return dtype.newbyteorder("=")
+
+
+@lru_cache(maxsize=1024)
+def can_cast(source: DType, target: DType) -> bool:
+    """Say whether `source` goes into `target` by NumPy's ``same_kind`` rule.
+
+    Floats that NumPy does not know itself (bfloat16, float8) count as floats.
+    """
+    known = [np.dtype(np.float16) if _is_extension_float(d) else d for d in (source, target)]
+    return np.can_cast(known[0], known[1], casting="same_kind")
+
+
+def sum_in_order(values: list[Array], out: Array) -> None:
+    """Add arrays of one shape left to right, into an array of the accumulating dtype.
+
+    Parameters
+    ----------
+    values : list of numpy.ndarray
+        One or more, each of any dtype that casts to `out`'s by ``same_kind``.
+    out : numpy.ndarray
+        Of the same shape; must not overlap the values.
+    """
+    np.copyto(out, values[0], casting="unsafe")
+    for value in values[1:]:
+        # With the dtype named, NumPy casts in small buffers and not in a copy of the whole.
+        np.add(out, value, out=out, dtype=out.dtype, casting="unsafe")

@@ -1,0 +1,111 @@
+"""The exception tree: one named class per way a call can be wrong.
+
+Rules of the file: every class is also the built-in exception that a Python user
+expects in its place, and every class can be rebuilt on another rank from its name
+and its message alone, because one rank's mistake is raised on all of them.
+"""
+
+from __future__ import annotations
+
+
+class KVCollError(Exception):
+    """Base of every error that kvcoll raises by itself."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message in quotes.
+        return str(self.args[0]) if self.args else ""
+
+
+class KeyNotFoundError(KVCollError, KeyError):
+    """A key that was never initialised."""
+
+
+class KeyExistsError(KVCollError, ValueError):
+    """A key that was initialised before."""
+
+
+class KeyKindError(KVCollError, TypeError):
+    """A key that is neither int nor str, or of the other kind than the store's keys."""
+
+
+class ShapeMismatchError(KVCollError, ValueError):
+    """An array of another shape than its key's."""
+
+
+class DTypeMismatchError(KVCollError, TypeError):
+    """An array whose dtype does not cast to its key's, or cannot be summed."""
+
+
+class ArrayError(KVCollError, TypeError):
+    """A value that is not an array, or an output that cannot be written."""
+
+
+class ArgumentError(KVCollError, ValueError):
+    """Lists whose lengths do not fit, an unknown option, a name that is not known."""
+
+
+class RanksDisagreeError(KVCollError, RuntimeError):
+    """The ranks called different things where they must call the same."""
+
+
+class RankFailedError(KVCollError, RuntimeError):
+    """A call failed on another rank, for a reason that is not a wrong argument."""
+
+
+class UpdaterError(RankFailedError):
+    """The updater raised on another rank."""
+
+
+class RankLeftError(RankFailedError):
+    """A rank ended, or closed the store, while others still work with it."""
+
+
+class StoreClosedError(KVCollError, RuntimeError):
+    """A call to a store that was closed, or that a rank has left."""
+
+
+class ThreadError(KVCollError, RuntimeError):
+    """A second thread of a rank calls a distributed store."""
+
+
+class MissingDependencyError(KVCollError, ImportError):
+    """A library that the store needs is not installed."""
+
+
+class LaunchError(KVCollError, RuntimeError):
+    """The job was started by a launcher that does not belong to the MPI library."""
+
+
+def _tree(root: type[KVCollError]) -> list[type[KVCollError]]:
+    return [root] + [leaf for child in root.__subclasses__() for leaf in _tree(child)]
+
+
+_BUILTIN = (TypeError, ValueError, IndexError, MemoryError, BufferError)
+
+
+def name_of(error: BaseException) -> str:
+    """Give the name under which `rebuild` finds the class of `error`."""
+    return type(error).__name__
+
+
+def rebuild(name: str, message: str) -> Exception:
+    """Make the error that another rank described.
+
+    Parameters
+    ----------
+    name : str
+        What `name_of` gave there.
+    message : str
+        The text of the error.
+
+    Returns
+    -------
+    Exception
+        Of the same class where this class is one of kvcoll's own or a built-in
+        one for wrong arguments, else a `RankFailedError` that names the class.
+    """
+    known: dict[str, type[Exception]] = {cls.__name__: cls for cls in _tree(KVCollError)}
+    known.update({cls.__name__: cls for cls in _BUILTIN})
+    if name in known:
+        return known[name](message)
+    return RankFailedError(f"{name}: {message}")

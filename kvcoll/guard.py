@@ -1,0 +1,89 @@
+"""Who may call a store now: the right thread, one call at a time, while it is open."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import final
+
+from .errors import KVCollError, RankLeftError, StoreClosedError, ThreadError
+
+
+@final
+class Guard:
+    """A context manager around every call of one store.
+
+    Parameters
+    ----------
+    one_thread : bool
+        Whether only the thread of the first call may call, as in a store whose calls
+        are collective: their order must be the same on all ranks. Else threads wait
+        for one another.
+    """
+
+    def __init__(self, *, one_thread: bool) -> None:
+        self._lock = threading.RLock()
+        self._one_thread = one_thread
+        self._thread: int | None = None
+        self._depth = 0
+        self.closed = ""
+        self._unsaid: ThreadError | None = None
+
+    def __enter__(self) -> None:
+        if self._one_thread:
+            ident = threading.get_ident()
+            if self._thread != ident:
+                self._take_thread(ident)
+        self._lock.acquire()
+        self._depth += 1
+        if self.closed:
+            self._leave()
+            raise StoreClosedError(f"the store was closed: {self.closed}")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, RankLeftError):
+            self.closed = str(error)
+        self._leave()
+
+    def check_collective(self) -> None:
+        """Raise what stands against a collective call from here.
+
+        Raises
+        ------
+        KVCollError
+            Another thread has called before: to be told to the other ranks.
+        """
+        error, self._unsaid = self._unsaid, None
+        if error is not None:
+            raise error
+
+    @property
+    def inside(self) -> bool:
+        """Whether a call is running already: this one comes from its updater."""
+        return self._depth > 1
+
+    def nested(self) -> KVCollError:
+        """Make the error of a collective call from within an updater."""
+        return ThreadError(
+            "an updater may pull, but must not init, push, set, wait or close: "
+            "the ranks are in the middle of a push"
+        )
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        self._lock.release()
+
+    def _take_thread(self, ident: int) -> None:
+        if self._thread is None:
+            self._thread = ident
+            return
+        self._unsaid = ThreadError(
+            "a distributed store is called from one thread of each rank, the one that "
+            f"called it first: got a call from thread {threading.current_thread().name!r}"
+        )
+        raise self._unsaid

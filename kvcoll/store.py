@@ -1,0 +1,560 @@
+"""The key-value store: init, push, pull, and what sets and ends it.
+
+Rules of the file: a call first checks everything on its own rank, then the ranks
+agree, then the engine runs it; a mistake found in the check is told to the other
+ranks in place of the agreement, and every rank raises it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeAlias, final
+
+import numpy as np
+
+from . import optimizer as optimizers
+from .agreement import Agreement, Call
+from .arrays import Array, as_array, as_output, fill_device, native, signature
+from .bucket import in_update_order, plan
+from .engine import Engine, Push
+from .errors import (
+    ArgumentError,
+    KeyExistsError,
+    KeyNotFoundError,
+)
+from .guard import Guard
+from .schema import (
+    Key,
+    Spec,
+    as_keys,
+    digest,
+    one_per_key,
+    require_one_kind,
+    show_keys,
+)
+from .transport.contract import Transport
+from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
+
+_Output: TypeAlias = "tuple[Array, Array, Array | None]"  # stored, host, device
+
+_NO_OUTPUT = object()
+_CAPABILITIES = ("optimizer",)
+_BARRIER = Call("barrier()", digest("barrier"))
+_SET_UPDATER = Call("set_updater()", digest("set_updater"))
+
+
+@final
+class KVStore:
+    """A key-value store; made by `create`.
+
+    Every rank holds a full replica. `push` sums values over a rank's list and over
+    all ranks, then updates each replica; `pull` copies from the replica of this rank.
+    A store is a context manager, and is closed at its end.
+
+    Parameters
+    ----------
+    type_ : str
+        What `type` gives.
+    transport : Transport
+    agreement : Agreement
+    one_thread : bool
+        Whether all calls must come from one thread, as collective calls must.
+    """
+
+    def __init__(
+        self, type_: str, transport: Transport, agreement: Agreement, *, one_thread: bool
+    ) -> None:
+        self._type = type_
+        self._transport = transport
+        self._topology = transport.topology
+        self._agreement = agreement
+        self._engine = Engine(transport, agreement)
+        self._updater: Updater = Assign()
+        self._specs: dict[Key, Spec] = {}
+        self._values: dict[Key, Array] = {}
+        self._kind: type | None = None
+        self._pushes: dict[tuple[Key, ...], tuple[Push, tuple[int, ...]]] = {}
+        self._guard = Guard(one_thread=one_thread)
+
+    # What the store is ------------------------------------------------------------
+
+    @property
+    def type(self) -> str:
+        """The name that was given to `create`, in lower case."""
+        return self._type
+
+    @property
+    def rank(self) -> int:
+        """This process's rank among the ranks of the store, from 0."""
+        return self._topology.rank
+
+    @property
+    def num_workers(self) -> int:
+        """How many ranks share the store."""
+        return self._topology.size
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank among those of its host, from 0."""
+        return self._topology.local_rank
+
+    @property
+    def num_hosts(self) -> int:
+        """On how many hosts the ranks are."""
+        return self._topology.num_hosts
+
+    def is_capable(self, capability: str) -> bool:
+        """Say whether the store can do a thing.
+
+        Parameters
+        ----------
+        capability : str
+            ``'optimizer'``, of any case: whether `set_optimizer` works. It does.
+
+        Raises
+        ------
+        ValueError
+            Another word.
+        """
+        if not isinstance(capability, str) or capability.lower() not in _CAPABILITIES:
+            raise ArgumentError(
+                f"unknown capability {capability!r}: known are {', '.join(_CAPABILITIES)}"
+            )
+        return True
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return (
+            f"<KVStore {self._type!r}, rank {self.rank} of {self.num_workers}, "
+            f"{len(self._specs)} keys{state}>"
+        )
+
+    # Values -----------------------------------------------------------------------
+
+    def init(self, key: Any, value: Any) -> None:
+        """Store a first value under a key that is new; in ``dist_*`` rank 0's goes to all.
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+        value : array, or list of arrays
+            One a key; copied. Each may be a list of one.
+
+        Raises
+        ------
+        KeyExistsError
+            A key exists, or stands twice: then none of the list is stored.
+        KeyKindError, ArgumentError, ArrayError, DTypeMismatchError
+            What was given is no key, list or array of the kind needed.
+        RanksDisagreeError
+            Keys, shapes or dtypes differ between ranks.
+
+        Notes
+        -----
+        Cost: one agreement, and one MPI_Bcast a bucket.
+        """
+        with self._guard:
+            self._init(key, value)
+
+    def push(self, key: Any, value: Any, priority: int = 0) -> None:
+        """Sum values over the list and over all ranks, then update the stored value.
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+            A key may stand several times: its values are summed together.
+        value : array, or list of arrays; for a list of keys a list of either
+            Of the key's shape, and of a dtype that casts to the key's by NumPy's
+            ``same_kind`` rule. Lists are one value a device, and may differ in length
+            from push to push and from rank to rank.
+        priority : int, default 0
+            Taken for MXNet's sake; a push is complete when it returns.
+
+        Raises
+        ------
+        KeyNotFoundError, ShapeMismatchError, DTypeMismatchError, ArgumentError, \
+KeyKindError, ArrayError
+            A mistake on any rank; the same error on every rank, and nothing is applied.
+        RanksDisagreeError
+            The ranks push different keys, or in different order, or call another thing.
+        UpdaterError
+            The updater raised on another rank. On that rank the push raises what the
+            updater did.
+
+        Notes
+        -----
+        The updater runs once a distinct key: int keys ascending, str keys in the order
+        of `init`. Without an updater the sum replaces the value. Cost: one agreement,
+        and ``2 (n - 1) / n`` of the bytes each way between n ranks.
+        """
+        with self._guard:
+            self._push(key, value)
+
+    def pull(self, key: Any, out: Any = None, priority: int = 0, ignore_sparse: bool = True) -> Any:
+        """Copy from this rank's replica; no communication.
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+        out : array, or list of arrays; for a list of keys a list of either, optional
+            Of the key's shape and of a dtype to which the key's casts by NumPy's
+            ``same_kind`` rule; every array is filled.
+        priority : int, default 0
+            Taken for MXNet's sake.
+        ignore_sparse : bool, default True
+            Taken for MXNet's sake.
+
+        Returns
+        -------
+        array, or list
+            `out`; where that is not given, a new array, or a list of new arrays.
+
+        Raises
+        ------
+        KeyNotFoundError, ShapeMismatchError, DTypeMismatchError, ArgumentError, \
+KeyKindError, ArrayError
+            A mistake of this rank; raised here only, as nothing is sent.
+        """
+        with self._guard:
+            keys, is_list = self._known_keys(key)
+            if out is None:
+                new = [self._values[k].copy() for k in keys]
+                return new if is_list else new[0]
+            _fill(self._outputs(keys, is_list, out))
+            return out
+
+    def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
+        """Push, then pull.
+
+        Parameters
+        ----------
+        key, value, priority
+            As for `push`.
+        out : array or list, optional
+            As for `pull`; by default `value`, which is then changed in place.
+
+        Returns
+        -------
+        array, or list
+            What was filled.
+
+        Raises
+        ------
+        KVCollError
+            As `push` and `pull` do; a mistake in `out`, too, is raised on every rank,
+            before anything is sent.
+        """
+        out = value if out is None else out
+        with self._guard:
+            _fill(self._push(key, value, out))
+        return out
+
+    def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> Any:
+        """Initialise keys, then pull them: every rank gets rank 0's values.
+
+        Parameters
+        ----------
+        key, value
+            As for `init`.
+        out
+            As for `pull`.
+        priority : int, default 0
+            Taken for MXNet's sake.
+
+        Returns
+        -------
+        array, or list
+            `out`.
+
+        Raises
+        ------
+        KVCollError
+            As `init` and `pull` do.
+        """
+        with self._guard:
+            _fill(self._init(key, value, out))
+        return out
+
+    # Updates ----------------------------------------------------------------------
+
+    def set_updater(self, updater: UpdateFunction) -> None:
+        """Set what a push does with the sum; called by all ranks.
+
+        Parameters
+        ----------
+        updater : callable
+            ``updater(key, input, stored)`` changes the array `stored` in place, given
+            the sum in `input`, which it may overwrite. It must do the same on every
+            rank. If it raises, the push raises, and all replicas are set to the values
+            of the lowest rank on which it did not.
+
+        Raises
+        ------
+        TypeError
+            It is not callable.
+        """
+        with self._guard:
+            with self._checked("set_updater()"):
+                if not callable(updater):
+                    raise TypeError(f"an updater must be callable, got {type(updater).__name__}")
+            self._agreement.confirm(_SET_UPDATER)
+            self._updater = Custom(updater)
+
+    def _set_updater(self, updater: UpdateFunction) -> None:
+        """Do as `set_updater`: MXNet's name for it."""
+        self.set_updater(updater)
+
+    def set_optimizer(self, optimizer: optimizers.Optimizer | str, **arguments: Any) -> None:
+        """Let an optimizer of kvcoll update the values; called by all ranks.
+
+        Parameters
+        ----------
+        optimizer : kvcoll.optimizer.Optimizer or str
+            An optimizer, or the name of one.
+        **arguments
+            With a name: the optimizer's settings.
+
+        Raises
+        ------
+        TypeError
+            Neither an optimizer nor a name, or settings without a name.
+        RanksDisagreeError
+            The ranks gave different optimizers or settings.
+        """
+        with self._guard:
+            with self._checked("set_optimizer()"):
+                updater = Optimize(_as_optimizer(optimizer, arguments))
+                name = f"set_optimizer({updater.describe()})"
+                call = Call(name, digest("set_optimizer", updater.digest()))
+            self._agreement.confirm(call)
+            self._updater = updater
+
+    # Together ---------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        """Wait until all ranks have called it; all pushes are complete then.
+
+        Notes
+        -----
+        Cost: one agreement.
+        """
+        with self._guard:
+            with self._checked("barrier()"):
+                pass
+            self._agreement.confirm(_BARRIER)
+
+    def _barrier(self) -> None:
+        """Do as `barrier`: MXNet's name for it."""
+        self.barrier()
+
+    def close(self) -> None:
+        """Give back communicators and memory; called by all ranks. Twice does nothing.
+
+        Raises
+        ------
+        RankLeftError
+            Other ranks still work with the store. It is closed all the same.
+        """
+        if self.closed:
+            return
+        with self._guard:
+            if self._guard.inside:
+                raise self._guard.nested()
+            error = self._leave("")
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        elif not self.closed:
+            self._leave(f"{type(error).__name__}: {error}")
+
+    def leaving(self, why: str) -> Generator[None, None, Exception | None]:
+        """Leave the store in steps that do not wait; for the end of the process.
+
+        Parameters
+        ----------
+        why : str
+            For ranks that still work with it.
+
+        Returns
+        -------
+        generator
+            Its value is the error that these ranks raise, or None.
+        """
+        self._guard.closed = "close() was called"
+        return self._agreement.leave(why)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the store was closed, or a rank has left it."""
+        return bool(self._guard.closed)
+
+    # Inside -----------------------------------------------------------------------
+
+    @contextmanager
+    def _checked(self, name: str) -> Iterator[None]:
+        """Tell the other ranks of a mistake that is found in the block."""
+        if self._guard.inside:
+            raise self._guard.nested()
+        try:
+            self._guard.check_collective()
+            yield
+        except Exception as error:  # whatever it is: the others must not wait for this rank
+            self._agreement.refuse(name, error)
+
+    def _leave(self, why: str) -> Exception | None:
+        steps = self.leaving(why)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                error: Exception | None = end.value
+                break
+            time.sleep(0)
+        self._values.clear()
+        if error is None:
+            self._transport.close()
+        return error
+
+    def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
+        with self._checked("init()"):
+            specs, values, is_list = self._new_values(key, value)
+            outputs = [] if out is _NO_OUTPUT else _outputs(specs, values, is_list, out)
+            items = [str(spec) for spec in specs]
+            call = Call(f"init({_shown(specs)})", digest("init", *items), items)
+            buckets = tuple(plan(specs))
+            self._engine.reserve_broadcast(buckets)
+        self._agreement.confirm(call)
+        self._engine.broadcast(buckets, values)
+        for spec, stored in zip(specs, values, strict=True):
+            self._specs[spec.key] = spec
+            self._values[spec.key] = stored
+            self._kind = type(spec.key)
+        return outputs
+
+    def _new_values(self, key: Any, value: Any) -> tuple[list[Spec], list[Array], bool]:
+        keys, is_list = as_keys(key)
+        require_one_kind(keys, self._kind)
+        seen: set[Key] = set()
+        for k in keys:
+            if k in self._specs:
+                raise KeyExistsError(f"{self._specs[k]} already: a key is initialised once")
+            if k in seen:
+                raise KeyExistsError(f"key {k!r} stands twice in the list")
+            seen.add(k)
+        specs, values = [], []
+        lists = one_per_key(keys, is_list, value, "values")
+        for order, (k, entries) in enumerate(zip(keys, lists, strict=True), len(self._specs)):
+            if len(entries) > 1:
+                raise ArgumentError(
+                    f"key {k!r}: init takes one value, or a list of one, got {len(entries)}"
+                )
+            array = as_array(entries[0])
+            specs.append(Spec(k, array.shape, native(array.dtype), order))
+            values.append(np.array(array, specs[-1].dtype, order="C", copy=True))
+        return specs, values, is_list
+
+    def _push(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
+        if self._guard.inside:
+            raise self._guard.nested()
+        try:
+            self._guard.check_collective()
+            keys, is_list = self._known_keys(key)
+            push, places = self._planned(tuple(keys))
+            values = _pushed_values(push.specs, places, one_per_key(keys, is_list, value, "values"))
+            outputs = [] if out is _NO_OUTPUT else self._outputs(keys, is_list, out)
+            stored = [self._values[spec.key] for spec in push.specs]
+            for spec, array in zip(push.specs, stored, strict=True):
+                self._updater.prepare(spec, array)
+            self._engine.reserve(push, values, stored, self._updater)
+        except Exception as error:  # whatever it is: the others must not wait for this rank
+            self._agreement.refuse("push()", error)
+        self._engine.push(push, values, stored, self._updater)
+        return outputs
+
+    def _known_keys(self, key: Any) -> tuple[list[Key], bool]:
+        keys, is_list = as_keys(key)
+        require_one_kind(keys, self._kind)
+        for k in keys:
+            if k not in self._specs:
+                raise KeyNotFoundError(f"key {k!r} is not in the store: init it first")
+        return keys, is_list
+
+    def _planned(self, keys: tuple[Key, ...]) -> tuple[Push, tuple[int, ...]]:
+        """Plan a list of keys once; also which place in the plan each of the list has."""
+        if keys not in self._pushes:
+            specs = in_update_order(self._specs[k] for k in dict.fromkeys(keys))
+            place = {spec.key: number for number, spec in enumerate(specs)}
+            given = [self._specs[k] for k in keys]
+            items = [str(spec) for spec in given]
+            call = Call(f"push({_shown(given)})", digest("push", *items), items)
+            push = Push(call, tuple(specs), tuple(plan(specs)))
+            self._pushes[keys] = push, tuple(place[k] for k in keys)
+        return self._pushes[keys]
+
+    def _outputs(self, keys: list[Key], is_list: bool, out: Any) -> list[_Output]:
+        specs = [self._specs[k] for k in keys]
+        return _outputs(specs, [self._values[k] for k in keys], is_list, out)
+
+
+def _pushed_values(
+    specs: Sequence[Spec], places: Sequence[int], lists: list[list[object]]
+) -> list[list[Array]]:
+    """Check what is pushed, and sort it by place in the plan."""
+    values: list[list[Array]] = [[] for _ in specs]
+    for place, entries in zip(places, lists, strict=True):
+        for entry in entries:
+            array = as_array(entry)
+            specs[place].check_pushed(array)
+            values[place].append(array)
+    return values
+
+
+def _outputs(specs: list[Spec], values: list[Array], is_list: bool, out: Any) -> list[_Output]:
+    """Check outputs, and put beside each the stored value that fills it."""
+    lists = one_per_key([spec.key for spec in specs], is_list, out, "outputs")
+    outputs: list[_Output] = []
+    for spec, stored, entries in zip(specs, values, lists, strict=True):
+        for entry in entries:
+            host, device = as_output(entry)
+            spec.check_output(host)
+            outputs.append((stored, host, device))
+    return outputs
+
+
+def _fill(outputs: list[_Output]) -> None:
+    for stored, host, device in outputs:
+        np.copyto(host, stored, casting="unsafe")  # the cast was checked
+        if device is not None:
+            fill_device(device, host)
+
+
+def _shown(specs: Sequence[Spec]) -> str:
+    if len(specs) == 1:
+        return f"{specs[0].key!r} {signature(specs[0].shape, specs[0].dtype)}"
+    return show_keys([spec.key for spec in specs])
+
+
+def _as_optimizer(given: object, arguments: dict[str, Any]) -> optimizers.Optimizer:
+    if isinstance(given, str):
+        return optimizers.create(given, **arguments)
+    if not isinstance(given, optimizers.Optimizer):
+        raise TypeError(f"expected a kvcoll.optimizer.Optimizer or a name, got {type(given).__name__}")
+    if arguments:
+        raise TypeError(
+            f"settings ({', '.join(arguments)}) go with an optimizer's name, not with an optimizer"
+        )
+    return given

@@ -1,0 +1,1 @@
+"""Ways to move bytes among ranks: one contract, one file a way."""

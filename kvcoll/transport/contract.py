@@ -1,0 +1,75 @@
+"""What every way of moving bytes among ranks must do.
+
+Rules of the file: a transport knows ranks and flat arrays, not keys; its calls are
+collective, made by all ranks in one order, which the layers above have agreed upon;
+what can fail on one rank alone is done before the call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from ..arrays import Array
+from ..topology import Topology
+
+
+class Transport(ABC):
+    """Sums and copies of flat arrays over the ranks of one group."""
+
+    topology: Topology
+
+    @abstractmethod
+    def all_reduce(self, source: Array, out: Array) -> None:
+        """Sum the ranks' arrays, the same bits on every rank.
+
+        An element's sum is taken in the order of the ranks, in float32 for 16-bit
+        and 8-bit floats, and rounded once; it does not depend on where in the array
+        the element stands.
+
+        Parameters
+        ----------
+        source : numpy.ndarray, shape (n,)
+            Contiguous; of the dtype of `out`, or the dtype in which its sums are taken.
+        out : numpy.ndarray, shape (n,)
+            Contiguous. May be `source` itself, else must not overlap it.
+        """
+
+    @abstractmethod
+    def broadcast(self, buffer: Array, root: int = 0) -> None:
+        """Copy the contiguous array of rank `root` into that of every rank."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the transport holds; called by all ranks, or by none."""
+
+
+class Messenger(ABC):
+    """Short messages between two ranks: the way on which the ranks agree."""
+
+    topology: Topology
+
+    @abstractmethod
+    def exchange(self, sent: bytearray, received: bytearray, dest: int, source: int) -> None:
+        """Send to one rank while receiving as many bytes from another."""
+
+    @abstractmethod
+    def start_exchange(
+        self, sent: bytearray, received: bytearray, dest: int, source: int
+    ) -> Pending:
+        """Do as `exchange`, but without waiting."""
+
+    @abstractmethod
+    def start_all_gather(self, text: bytes) -> Pending:
+        """Begin to send a text of any length to every rank and receive theirs."""
+
+
+class Pending(ABC):
+    """An exchange under way."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Push the exchange on; say whether it is complete."""
+
+    @abstractmethod
+    def texts(self) -> list[bytes]:
+        """Give what each rank sent, by rank; only once it is `done`."""
