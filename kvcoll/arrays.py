@@ -137,7 +137,8 @@ def _writable_alias(array: Array) -> Array:
     low = first + sum(min(0, r) for r in reach)
     high = first + sum(max(0, r) for r in reach) + array.itemsize
     memory = (ctypes.c_char * (high - low)).from_address(low)
-    return np.ndarray(array.shape, array.dtype, memory, first - low, array.strides)
+    alias: Array = np.ndarray(array.shape, array.dtype, memory, first - low, array.strides)
+    return alias
 
 
 def _cupy() -> Any:
@@ -177,7 +178,8 @@ def native(dtype: DType) -> DType:
         raise DTypeMismatchError(
             f"values of dtype {dtype} cannot be summed: use a float, complex, integer or bool dtype"
         )
-    return dtype.newbyteorder("=")
+    stored: DType = dtype.newbyteorder("=")
+    return stored
 
 
 @lru_cache(maxsize=1024)

@@ -1,79 +1,122 @@
-"""Which keys travel together, and in which order they are updated: pure planning."""
+"""Which keys travel together, and where their sum goes: pure planning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from .arrays import DType
-from .schema import Spec
+from .arrays import DType, is_small_float, wide
+from .replica import Chunk, Entry
 
-# Large enough that a bucket is all bandwidth, small enough to be a small scratch.
+# Many small keys make one message; a key of this size is all bandwidth by itself, and
+# alone it need not be packed.
+OWN_BUCKET_BYTES = 1 << 20
 BUCKET_BYTES = 16 << 20
+
+
+class Member(NamedTuple):
+    """One key in a bucket."""
+
+    entry: Entry
+    position: int  # its place in the list that was planned
+    start: int  # where it begins in the bucket, in elements
+    stop: int
+
+
+class Run(NamedTuple):
+    """Members of a bucket that are neighbours in the replica, too."""
+
+    chunk: Chunk
+    chunk_start: int  # where it begins in the chunk, in elements
+    start: int  # where it begins in the bucket
+    stop: int
+    first: int  # its members: bucket.members[first:last]
+    last: int
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Keys of one dtype that are summed as one flat array.
+    """Keys of one dtype, summed as one flat array.
 
     Attributes
     ----------
     dtype : numpy.dtype
-    specs : tuple of Spec
-    positions : tuple of int
-        For each key its place in the list that was planned.
-    offsets : tuple of int
-        For each key where it begins, in elements; one more entry, the end of all.
+    wide_dtype : numpy.dtype
+        In which the sums are taken.
+    is_small_float : bool
+        Whether these differ.
+    members : tuple of Member
+    runs : tuple of Run
+        The same keys, neighbours joined.
+    n_elements : int
     """
 
     dtype: DType
-    specs: tuple[Spec, ...]
-    positions: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-    @property
-    def n_elements(self) -> int:
-        """How many elements the bucket has."""
-        return self.offsets[-1]
+    wide_dtype: DType
+    is_small_float: bool
+    members: tuple[Member, ...]
+    runs: tuple[Run, ...]
+    n_elements: int
 
 
-def in_update_order(specs: Iterable[Spec]) -> list[Spec]:
-    """Sort keys as they are updated: int keys ascending, str keys in the order of init."""
-    return sorted(specs, key=lambda spec: spec.key if isinstance(spec.key, int) else spec.order)
-
-
-def plan(specs: list[Spec], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+def plan(entries: Sequence[Entry], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
     """Cut a list of keys into buckets.
 
     Parameters
     ----------
-    specs : list of Spec
-        In update order; the plan depends on nothing else, so it is the same on all ranks.
+    entries : sequence of Entry
+        The plan depends on nothing else than their keys' order, shapes and dtypes, so
+        it is the same on all ranks.
     bucket_bytes : int, optional
-        When a bucket is full. A larger key has a bucket of its own.
+        When a bucket is full. A key of `OWN_BUCKET_BYTES` has a bucket of its own.
 
     Returns
     -------
     list of Bucket
         Neighbours of one dtype share a bucket, so the order of the keys is kept.
     """
-    runs: list[list[int]] = []
-    n_bytes = 0
-    for position, spec in enumerate(specs):
-        own_bytes = spec.n_elements * spec.dtype.itemsize
-        fits = runs and specs[runs[-1][0]].dtype == spec.dtype and n_bytes + own_bytes <= bucket_bytes
+    lists: list[list[int]] = []
+    n_bytes, is_open = 0, False
+    for position, entry in enumerate(entries):
+        own_bytes = entry.value.nbytes
+        alone = own_bytes >= min(OWN_BUCKET_BYTES, bucket_bytes)
+        fits = (
+            is_open
+            and not alone
+            and entries[lists[-1][0]].spec.dtype == entry.spec.dtype
+            and n_bytes + own_bytes <= bucket_bytes
+        )
         if fits:
-            runs[-1].append(position)
+            lists[-1].append(position)
             n_bytes += own_bytes
         else:
-            runs.append([position])
+            lists.append([position])
             n_bytes = own_bytes
-    return [_bucket(specs, run) for run in runs]
+        is_open = not alone
+    return [_bucket(entries, positions) for positions in lists]
 
 
-def _bucket(specs: list[Spec], positions: list[int]) -> Bucket:
-    members = [specs[p] for p in positions]
-    offsets = [0]
-    for spec in members:
-        offsets.append(offsets[-1] + spec.n_elements)
-    return Bucket(members[0].dtype, tuple(members), tuple(positions), tuple(offsets))
+def _bucket(entries: Sequence[Entry], positions: list[int]) -> Bucket:
+    members = []
+    stop = 0
+    for position in positions:
+        start, stop = stop, stop + entries[position].spec.n_elements
+        members.append(Member(entries[position], position, start, stop))
+    dtype = members[0].entry.spec.dtype
+    return Bucket(
+        dtype, wide(dtype), is_small_float(dtype), tuple(members), tuple(_runs(members)), stop
+    )
+
+
+def _runs(members: list[Member]) -> list[Run]:
+    runs: list[Run] = []
+    for number, (entry, _, start, stop) in enumerate(members):
+        if runs:
+            last = runs[-1]
+            follows = last.chunk_start + last.stop - last.start == entry.start
+            if last.chunk is entry.chunk and follows:
+                runs[-1] = last._replace(stop=stop, last=number + 1)
+                continue
+        runs.append(Run(entry.chunk, entry.start, start, stop, number, number + 1))
+    return runs

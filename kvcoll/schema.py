@@ -50,6 +50,11 @@ class Spec:
     order: int
 
     @property
+    def update_rank(self) -> int:
+        """Sort keys by this for the order of updates: ints ascending, strs as initialised."""
+        return self.key if isinstance(self.key, int) else self.order
+
+    @property
     def n_elements(self) -> int:
         """How many elements the value has."""
         n = 1
@@ -136,7 +141,9 @@ def require_one_kind(keys: Iterable[Key], kind: type | None = None) -> type | No
     return kind
 
 
-def one_per_key(keys: Sequence[Key], is_list: bool, values: object, what: str) -> list[list[object]]:
+def one_per_key(
+    keys: Sequence[Key], is_list: bool, values: object, what: str
+) -> list[list[object]]:
     """Sort values into one list a key, each one entry a device.
 
     Parameters

@@ -7,9 +7,11 @@ ranks in place of the agreement, and every rank raises it.
 
 from __future__ import annotations
 
+import builtins
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias, final
 
@@ -18,7 +20,7 @@ import numpy as np
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, as_output, fill_device, native, signature
-from .bucket import in_update_order, plan
+from .bucket import plan as plan_buckets
 from .engine import Engine, Push
 from .errors import (
     ArgumentError,
@@ -26,6 +28,7 @@ from .errors import (
     KeyNotFoundError,
 )
 from .guard import Guard
+from .replica import Entry, Replica
 from .schema import (
     Key,
     Spec,
@@ -43,7 +46,18 @@ _Output: TypeAlias = "tuple[Array, Array, Array | None]"  # stored, host, device
 _NO_OUTPUT = object()
 _CAPABILITIES = ("optimizer",)
 _BARRIER = Call("barrier()", digest("barrier"))
+_MOST_PLANS = 4096
 _SET_UPDATER = Call("set_updater()", digest("set_updater"))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A list of keys, checked and planned."""
+
+    given: tuple[Entry, ...]  # in the order of the list; a key may stand twice
+    is_list: bool
+    push: Push
+    places: tuple[int, ...]  # for each of the list its place in the push
 
 
 @final
@@ -73,10 +87,10 @@ class KVStore:
         self._agreement = agreement
         self._engine = Engine(transport, agreement)
         self._updater: Updater = Assign()
-        self._specs: dict[Key, Spec] = {}
-        self._values: dict[Key, Array] = {}
-        self._kind: type | None = None
-        self._pushes: dict[tuple[Key, ...], tuple[Push, tuple[int, ...]]] = {}
+        self._replica = Replica()
+        self._kind: builtins.type | None = None
+        self._plans: dict[Key | tuple[Key, ...], _Plan] = {}
+        self._has_lent = False  # whether an updater of the user's has seen stored values
         self._guard = Guard(one_thread=one_thread)
 
     # What the store is ------------------------------------------------------------
@@ -88,7 +102,7 @@ class KVStore:
 
     @property
     def rank(self) -> int:
-        """This process's rank among the ranks of the store, from 0."""
+        """The rank of this process among the ranks of the store, from 0."""
         return self._topology.rank
 
     @property
@@ -98,7 +112,7 @@ class KVStore:
 
     @property
     def local_rank(self) -> int:
-        """This process's rank among those of its host, from 0."""
+        """The rank of this process among those of its host, from 0."""
         return self._topology.local_rank
 
     @property
@@ -129,7 +143,7 @@ class KVStore:
         state = ", closed" if self.closed else ""
         return (
             f"<KVStore {self._type!r}, rank {self.rank} of {self.num_workers}, "
-            f"{len(self._specs)} keys{state}>"
+            f"{len(self._replica.entries)} keys{state}>"
         )
 
     # Values -----------------------------------------------------------------------
@@ -219,11 +233,11 @@ KeyKindError, ArrayError
             A mistake of this rank; raised here only, as nothing is sent.
         """
         with self._guard:
-            keys, is_list = self._known_keys(key)
+            plan = self._plan(key)
             if out is None:
-                new = [self._values[k].copy() for k in keys]
-                return new if is_list else new[0]
-            _fill(self._outputs(keys, is_list, out))
+                new = [entry.value.copy() for entry in plan.given]
+                return new if plan.is_list else new[0]
+            _fill(_outputs(plan.given, plan.is_list, out))
             return out
 
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
@@ -302,6 +316,7 @@ KeyKindError, ArrayError
                     raise TypeError(f"an updater must be callable, got {type(updater).__name__}")
             self._agreement.confirm(_SET_UPDATER)
             self._updater = Custom(updater)
+            self._has_lent = True
 
     def _set_updater(self, updater: UpdateFunction) -> None:
         """Do as `set_updater`: MXNet's name for it."""
@@ -372,7 +387,7 @@ KeyKindError, ArrayError
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        kind: builtins.type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -424,7 +439,8 @@ KeyKindError, ArrayError
                 error: Exception | None = end.value
                 break
             time.sleep(0)
-        self._values.clear()
+        self._plans.clear()
+        self._replica.clear()
         if error is None:
             self._transport.close()
         return error
@@ -432,106 +448,132 @@ KeyKindError, ArrayError
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
         with self._checked("init()"):
             specs, values, is_list = self._new_values(key, value)
-            outputs = [] if out is _NO_OUTPUT else _outputs(specs, values, is_list, out)
+            drafted = self._replica.draft(specs, values)
             items = [str(spec) for spec in specs]
             call = Call(f"init({_shown(specs)})", digest("init", *items), items)
-            buckets = tuple(plan(specs))
-            self._engine.reserve_broadcast(buckets)
+            by_key = {entry.spec.key: entry for entry in drafted}
+            given = [by_key[k] for k in (as_keys(key)[0])]
+            outputs = [] if out is _NO_OUTPUT else _outputs(given, is_list, out)
         self._agreement.confirm(call)
-        self._engine.broadcast(buckets, values)
-        for spec, stored in zip(specs, values, strict=True):
-            self._specs[spec.key] = spec
-            self._values[spec.key] = stored
-            self._kind = type(spec.key)
+        self._engine.broadcast(drafted)
+        self._replica.keep(drafted)
+        if drafted:
+            self._kind = builtins.type(drafted[0].spec.key)
         return outputs
 
     def _new_values(self, key: Any, value: Any) -> tuple[list[Spec], list[Array], bool]:
+        """Check what is to be initialised; in update order, so that neighbours stay so."""
         keys, is_list = as_keys(key)
         require_one_kind(keys, self._kind)
-        seen: set[Key] = set()
+        known = self._replica.entries
+        first: set[Key] = set()
         for k in keys:
-            if k in self._specs:
-                raise KeyExistsError(f"{self._specs[k]} already: a key is initialised once")
-            if k in seen:
+            if k in known:
+                raise KeyExistsError(f"{known[k].spec} already: a key is initialised once")
+            if k in first:
                 raise KeyExistsError(f"key {k!r} stands twice in the list")
-            seen.add(k)
-        specs, values = [], []
+            first.add(k)
+        new: list[tuple[Spec, Array]] = []
         lists = one_per_key(keys, is_list, value, "values")
-        for order, (k, entries) in enumerate(zip(keys, lists, strict=True), len(self._specs)):
+        for order, (k, entries) in enumerate(zip(keys, lists, strict=True), len(known)):
             if len(entries) > 1:
                 raise ArgumentError(
                     f"key {k!r}: init takes one value, or a list of one, got {len(entries)}"
                 )
             array = as_array(entries[0])
-            specs.append(Spec(k, array.shape, native(array.dtype), order))
-            values.append(np.array(array, specs[-1].dtype, order="C", copy=True))
-        return specs, values, is_list
+            new.append((Spec(k, array.shape, native(array.dtype), order), array))
+        new.sort(key=lambda pair: pair[0].update_rank)
+        return [spec for spec, _ in new], [array for _, array in new], is_list
 
     def _push(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
         if self._guard.inside:
             raise self._guard.nested()
+        updater = self._updater
         try:
             self._guard.check_collective()
-            keys, is_list = self._known_keys(key)
-            push, places = self._planned(tuple(keys))
-            values = _pushed_values(push.specs, places, one_per_key(keys, is_list, value, "values"))
-            outputs = [] if out is _NO_OUTPUT else self._outputs(keys, is_list, out)
-            stored = [self._values[spec.key] for spec in push.specs]
-            for spec, array in zip(push.specs, stored, strict=True):
-                self._updater.prepare(spec, array)
-            self._engine.reserve(push, values, stored, self._updater)
+            plan = self._plan(key)
+            values = _pushed_values(plan, value)
+            outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
+            self._engine.reserve(plan.push, updater)
+            if self._has_lent:
+                _copy_lent(plan.push, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse("push()", error)
-        self._engine.push(push, values, stored, self._updater)
+        self._engine.push(plan.push, values, updater)
         return outputs
 
-    def _known_keys(self, key: Any) -> tuple[list[Key], bool]:
+    def _plan(self, key: Any) -> _Plan:
+        """Check and plan a key or a list of keys, once for each list."""
+        kind = builtins.type(key)
+        known: _Plan | None = None
+        if kind is str or kind is int:
+            known = self._plans.get(key)
+        elif kind is list or kind is tuple:
+            key = tuple(key)
+            kinds = set(map(builtins.type, key))
+            if kinds == {str} or kinds == {int}:  # True is no 1 here
+                known = self._plans.get(key)
+        return self._new_plan(key) if known is None else known
+
+    def _new_plan(self, key: Any) -> _Plan:
         keys, is_list = as_keys(key)
         require_one_kind(keys, self._kind)
+        entries = self._replica.entries
         for k in keys:
-            if k not in self._specs:
+            if k not in entries:
                 raise KeyNotFoundError(f"key {k!r} is not in the store: init it first")
-        return keys, is_list
-
-    def _planned(self, keys: tuple[Key, ...]) -> tuple[Push, tuple[int, ...]]:
-        """Plan a list of keys once; also which place in the plan each of the list has."""
-        if keys not in self._pushes:
-            specs = in_update_order(self._specs[k] for k in dict.fromkeys(keys))
-            place = {spec.key: number for number, spec in enumerate(specs)}
-            given = [self._specs[k] for k in keys]
-            items = [str(spec) for spec in given]
-            call = Call(f"push({_shown(given)})", digest("push", *items), items)
-            push = Push(call, tuple(specs), tuple(plan(specs)))
-            self._pushes[keys] = push, tuple(place[k] for k in keys)
-        return self._pushes[keys]
-
-    def _outputs(self, keys: list[Key], is_list: bool, out: Any) -> list[_Output]:
-        specs = [self._specs[k] for k in keys]
-        return _outputs(specs, [self._values[k] for k in keys], is_list, out)
+        given = tuple(entries[k] for k in keys)
+        ordered = sorted(
+            (entries[k] for k in dict.fromkeys(keys)), key=lambda entry: entry.spec.update_rank
+        )
+        place = {entry.spec.key: number for number, entry in enumerate(ordered)}
+        specs = [entry.spec for entry in given]
+        items = [str(spec) for spec in specs]
+        call = Call(f"push({_shown(specs)})", digest("push", *items), items)
+        push = Push(call, tuple(ordered), tuple(plan_buckets(ordered)))
+        plan = _Plan(given, is_list, push, tuple(place[k] for k in keys))
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[tuple(keys) if is_list else keys[0]] = plan
+        return plan
 
 
-def _pushed_values(
-    specs: Sequence[Spec], places: Sequence[int], lists: list[list[object]]
-) -> list[list[Array]]:
+def _pushed_values(plan: _Plan, value: Any) -> list[list[Array]]:
     """Check what is pushed, and sort it by place in the plan."""
-    values: list[list[Array]] = [[] for _ in specs]
-    for place, entries in zip(places, lists, strict=True):
-        for entry in entries:
+    if not plan.is_list and builtins.type(value) is np.ndarray:
+        plan.given[0].spec.check_pushed(value)
+        return [[value]]
+    lists = one_per_key([entry.spec.key for entry in plan.given], plan.is_list, value, "values")
+    values: list[list[Array]] = [[] for _ in plan.push.entries]
+    for place, arrays in zip(plan.places, lists, strict=True):
+        spec = plan.push.entries[place].spec
+        for entry in arrays:
             array = as_array(entry)
-            specs[place].check_pushed(array)
+            spec.check_pushed(array)
             values[place].append(array)
     return values
 
 
-def _outputs(specs: list[Spec], values: list[Array], is_list: bool, out: Any) -> list[_Output]:
+def _copy_lent(push: Push, values: list[list[Array]]) -> None:
+    """Copy what lies in the replica itself, as when an updater kept its `stored` to push it."""
+    for entry, arrays in zip(push.entries, values, strict=True):
+        arrays[:] = [
+            array.copy() if np.may_share_memory(array, entry.value) else array for array in arrays
+        ]
+
+
+def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]:
     """Check outputs, and put beside each the stored value that fills it."""
-    lists = one_per_key([spec.key for spec in specs], is_list, out, "outputs")
+    if not is_list and builtins.type(out) is np.ndarray and out.flags.writeable:
+        entries[0].spec.check_output(out)
+        return [(entries[0].value, out, None)]
+    lists = one_per_key([entry.spec.key for entry in entries], is_list, out, "outputs")
     outputs: list[_Output] = []
-    for spec, stored, entries in zip(specs, values, lists, strict=True):
-        for entry in entries:
-            host, device = as_output(entry)
-            spec.check_output(host)
-            outputs.append((stored, host, device))
+    for entry, outs in zip(entries, lists, strict=True):
+        for one in outs:
+            host, device = as_output(one)
+            entry.spec.check_output(host)
+            outputs.append((entry.value, host, device))
     return outputs
 
 
@@ -552,7 +594,9 @@ def _as_optimizer(given: object, arguments: dict[str, Any]) -> optimizers.Optimi
     if isinstance(given, str):
         return optimizers.create(given, **arguments)
     if not isinstance(given, optimizers.Optimizer):
-        raise TypeError(f"expected a kvcoll.optimizer.Optimizer or a name, got {type(given).__name__}")
+        raise TypeError(
+            f"expected a kvcoll.optimizer.Optimizer or a name, got {type(given).__name__}"
+        )
     if arguments:
         raise TypeError(
             f"settings ({', '.join(arguments)}) go with an optimizer's name, not with an optimizer"

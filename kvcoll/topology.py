@@ -54,5 +54,5 @@ class Topology:
 
     @property
     def local_rank(self) -> int:
-        """This rank's place among the ranks of its host, from 0."""
+        """Give the place of this rank among the ranks of its host, from 0."""
         return self.ranks_on(self.host).index(self.rank)

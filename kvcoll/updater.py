@@ -4,33 +4,50 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import numpy as np
 
-from .arrays import Array
-from .optimizer.base import Optimizer
-from .schema import Key, Spec, digest
+from .arrays import Array, wide
+from .bucket import Bucket, Member
+from .optimizer.base import Optimizer, Step
+from .replica import Chunk
+from .schema import Key, digest
 
 UpdateFunction: TypeAlias = Callable[[Key, Array, Array], object]
 
 
 class Updater(ABC):
-    """Changes a stored value in place, given the sum of a push."""
+    """Changes stored values in place, given the sum of a push."""
 
     #: Whether the sum may be written straight into the stored value.
     assigns = False
-    #: Whether it is the user's code, which may raise on one rank and not on another.
+    #: Whether the user's code runs in it, which may raise on one rank and not on another.
     may_raise = False
 
     @abstractmethod
-    def prepare(self, spec: Spec, stored: Array) -> None:
-        """Do before the first update of a key what can fail; called before the push."""
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """Do before the first push of a list of keys what can fail."""
 
     @abstractmethod
-    def apply(self, spec: Spec, total: Array, stored: Array) -> None:
-        """Change `stored`; `total` may be written to."""
+    def begin(self, bucket: Bucket) -> None:
+        """Begin the update of one bucket: its keys count one update more."""
+
+    @abstractmethod
+    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
+        """Update the elements from `start` to `stop` of a bucket.
+
+        Parameters
+        ----------
+        bucket : Bucket
+            The one that `begin` was called for.
+        start, stop : int
+        total : numpy.ndarray, shape (stop - start,)
+            The sum. Only an updater that `may_raise` gets a bucket as a whole, and may
+            write to its sum.
+        """
 
     @abstractmethod
     def digest(self) -> int:
@@ -47,15 +64,22 @@ class Assign(Updater):
 
     assigns = True
 
-    def prepare(self, spec: Spec, stored: Array) -> None:
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Do nothing."""
 
-    def apply(self, spec: Spec, total: Array, stored: Array) -> None:
+    def begin(self, bucket: Bucket) -> None:
+        """Do nothing."""
+
+    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
         """Copy the sum."""
-        np.copyto(stored, total, casting="unsafe")
+        for run in bucket.runs:
+            low, high = max(start, run.start), min(stop, run.stop)
+            if low < high:
+                to = run.chunk_start - run.start
+                run.chunk.flat[to + low : to + high] = total[low - start : high - start]
 
     def digest(self) -> int:
-        """Always the same."""
+        """Give the same on every rank, always."""
         return 0
 
     def describe(self) -> str:
@@ -72,12 +96,17 @@ class Custom(Updater):
     def __init__(self, function: UpdateFunction) -> None:
         self._function = function
 
-    def prepare(self, spec: Spec, stored: Array) -> None:
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Do nothing."""
 
-    def apply(self, spec: Spec, total: Array, stored: Array) -> None:
-        """Call the function."""
-        self._function(spec.key, total, stored)
+    def begin(self, bucket: Bucket) -> None:
+        """Do nothing."""
+
+    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
+        """Call the function for each key of the bucket, which comes as a whole."""
+        for entry, _, low, high in bucket.members:
+            spec = entry.spec
+            self._function(spec.key, total[low:high].reshape(spec.shape), entry.value)
 
     def digest(self) -> int:
         """Tell it from the other kinds; functions themselves cannot be compared."""
@@ -88,23 +117,85 @@ class Custom(Updater):
         return "an updater"
 
 
+@dataclass
+class _Segment:
+    """Neighbours that share one step."""
+
+    start: int
+    stop: int
+    chunk: Chunk
+    chunk_start: int
+    step: Step
+
+
 @final
 class Optimize(Updater):
-    """An optimizer and the states of the keys that it has seen."""
+    """An optimizer, and the states of the keys that it has seen.
+
+    States lie as the values do: one array a chunk and state, so that neighbours are
+    updated as one.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._states: dict[Key, tuple[Array, ...]] = {}
+        # Ours do not raise; a subclass or a schedule of the user's may.
+        own = type(optimizer).__module__.startswith("kvcoll.")
+        self.may_raise = not own or optimizer.lr_scheduler is not None
+        self._states: dict[Chunk, list[Array]] = {}
+        self._counts: dict[Key, int] = {}
         self._name_digest = digest(type(optimizer).__qualname__)
+        self._factors: dict[Key, tuple[float, float]] = {}
+        self._version = optimizer.version
+        self._segments: list[_Segment] = []
 
-    def prepare(self, spec: Spec, stored: Array) -> None:
-        """Make the state of a key that is new."""
-        if spec.key not in self._states:
-            self._states[spec.key] = self._optimizer.create_state(spec, stored)
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """Make the states of keys that are new."""
+        for bucket in buckets:
+            for entry, _, _, _ in bucket.members:
+                if entry.spec.key not in self._counts:
+                    self._optimizer.check(entry.spec)
+            self._optimizer.reserve(bucket.dtype)
+            keeps_master = self._optimizer.keeps_master(bucket.dtype)
+            for run in bucket.runs:
+                if run.chunk not in self._states:
+                    n = self._optimizer.n_states(bucket.dtype)
+                    own = wide(bucket.dtype)
+                    self._states[run.chunk] = [np.zeros(run.chunk.flat.size, own) for _ in range(n)]
+            for entry, _, _, _ in bucket.members:
+                if entry.spec.key not in self._counts:
+                    if keeps_master:
+                        self._states[entry.chunk][-1][entry.start : entry.stop] = entry.flat
+                    self._counts[entry.spec.key] = self._optimizer.begin_num_update
 
-    def apply(self, spec: Spec, total: Array, stored: Array) -> None:
-        """Let the optimizer update the value."""
-        self._optimizer.update(spec.key, stored, total, self._states[spec.key])
+    def begin(self, bucket: Bucket) -> None:
+        """Count the update, and find which neighbours share their step."""
+        optimizer = self._optimizer
+        if self._version != optimizer.version:
+            self._factors.clear()
+            self._version = optimizer.version
+        rates = self._rates(bucket.members)
+        self._segments = []
+        for run in bucket.runs:
+            first = run.first
+            for number in range(run.first + 1, run.last + 1):
+                if number == run.last or rates[number] != rates[first]:
+                    low, high = bucket.members[first].start, bucket.members[number - 1].stop
+                    (lr_mult, wd_mult), count = rates[first]
+                    step = Step(optimizer.learning_rate * lr_mult, optimizer.wd * wd_mult, count)
+                    at = run.chunk_start + low - run.start
+                    self._segments.append(_Segment(low, high, run.chunk, at, step))
+                    first = number
+
+    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
+        """Let the optimizer update the elements."""
+        for segment in self._segments:
+            low, high = max(start, segment.start), min(stop, segment.stop)
+            if low < high:
+                at = segment.chunk_start - segment.start
+                own = slice(at + low, at + high)
+                states = [state[own] for state in self._states[segment.chunk]]
+                grad = total[low - start : high - start]
+                self._optimizer.update_flat(segment.chunk.flat[own], grad, states, segment.step)
 
     def digest(self) -> int:
         """Digest the settings that may be changed between pushes."""
@@ -118,3 +209,15 @@ class Optimize(Updater):
     def describe(self) -> str:
         """Name the optimizer and its settings."""
         return self._optimizer.describe()
+
+    def _rates(self, members: Sequence[Member]) -> list[tuple[tuple[float, float], int]]:
+        counts, factors, optimizer = self._counts, self._factors, self._optimizer
+        rates = []
+        for member in members:
+            key = member.entry.spec.key
+            count = counts[key] = counts[key] + 1
+            if key not in factors:
+                factors[key] = optimizer.multipliers(key)
+            rates.append((factors[key], count))
+        optimizer.num_update = max(optimizer.num_update, max(count for _, count in rates))
+        return rates

@@ -27,7 +27,7 @@ Scheduler = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one update of one key."""
+    """The numbers of one update of one key, or of several that share them."""
 
     lr: float
     wd: float
@@ -81,7 +81,8 @@ class Optimizer(ABC):
         self.lr_scheduler = lr_scheduler
         self.multi_precision = multi_precision
         self.num_update = begin_num_update
-        self._begin_num_update = begin_num_update
+        self.begin_num_update = begin_num_update
+        self.version = 0  # goes up with every change of multipliers
         self._counts: dict[Key, int] = {}
         self._names = dict(param_idx2name or {})
         self._lr_mult: dict[Key, float] = {}
@@ -109,15 +110,15 @@ class Optimizer(ABC):
     def set_lr_mult(self, lr_mult: Mapping[Key, float]) -> None:
         """Multiply the learning rate of single keys, given by key or by name."""
         self._lr_mult = dict(lr_mult)
+        self.version += 1
 
     def set_wd_mult(self, wd_mult: Mapping[Key, float]) -> None:
         """Multiply the weight decay of single keys, given by key or by name."""
         self._wd_mult = {
-            name: 0.0
-            for name in self._names.values()
-            if not name.endswith(("_weight", "_gamma"))
+            name: 0.0 for name in self._names.values() if not name.endswith(("_weight", "_gamma"))
         }
         self._wd_mult.update(wd_mult)
+        self.version += 1
 
     def settings(self) -> tuple[float, ...]:
         """Give the numbers that must be equal on all ranks; compared at every push."""
@@ -149,17 +150,12 @@ class Optimizer(ABC):
         DTypeMismatchError
             The key does not hold real floats.
         """
-        if not (weight.dtype.kind == "f" or is_small_float(weight.dtype)):
-            raise DTypeMismatchError(
-                f"{spec}, {type(self).__name__} updates keys of real floats only: "
-                "use an updater of your own (set_updater) for this key"
-            )
+        self.check(spec)
+        self.reserve(spec.dtype)
         dtype = wide(weight.dtype)
         state = tuple(np.zeros(weight.shape, dtype) for _ in range(self._n_states()))
-        if self.multi_precision and is_small_float(weight.dtype):
+        if self.keeps_master(spec.dtype):
             state += (weight.astype(dtype),)
-        if dtype not in self._scratch:
-            self._scratch[dtype] = [np.empty(PIECE_ELEMENTS, dtype) for _ in range(_N_SCRATCH + 2)]
         return state
 
     def update(self, key: Key, weight: Array, grad: Array, state: Sequence[Array]) -> None:
@@ -173,11 +169,64 @@ class Optimizer(ABC):
         state : sequence of numpy.ndarray
             What `create_state` gave.
         """
-        step = self._next_step(key)
-        flat = [array.reshape(-1) for array in (weight, grad, *state)]
+        count = self._counts.get(key, self.begin_num_update) + 1
+        self._counts[key] = count
+        self.num_update = max(self.num_update, count)
+        lr_mult, wd_mult = self.multipliers(key)
+        step = Step(self.learning_rate * lr_mult, self.wd * wd_mult, count)
+        flat = [array.reshape(-1) for array in state]
+        self.update_flat(weight.reshape(-1), grad.reshape(-1), flat, step)
+
+    def update_flat(self, weight: Array, grad: Array, state: Sequence[Array], step: Step) -> None:
+        """Apply one step to flat arrays, a cache-sized piece at a time.
+
+        Parameters
+        ----------
+        weight, grad : numpy.ndarray, shape (n,)
+        state : sequence of numpy.ndarray, shape (n,)
+            As many as `state_dtypes` says.
+        step : Step
+        """
+        dtype = wide(weight.dtype)
+        if dtype not in self._scratch:
+            self.reserve(weight.dtype)
         for start in range(0, weight.size, PIECE_ELEMENTS):
-            pieces = [array[start : start + PIECE_ELEMENTS] for array in flat]
-            self._update_piece(pieces[0], pieces[1], pieces[2:], step)
+            piece = slice(start, start + PIECE_ELEMENTS)
+            self._update_piece(weight[piece], grad[piece], [array[piece] for array in state], step)
+
+    def reserve(self, dtype: DType) -> None:
+        """Take the scratch memory that updates of keys of a dtype need."""
+        own = wide(dtype)
+        if own not in self._scratch:
+            self._scratch[own] = [np.empty(PIECE_ELEMENTS, own) for _ in range(_N_SCRATCH + 2)]
+
+    def keeps_master(self, dtype: DType) -> bool:
+        """Say whether keys of a dtype have a float32 master copy, the last of their states."""
+        return self.multi_precision and is_small_float(dtype)
+
+    def n_states(self, dtype: DType) -> int:
+        """How many arrays of a key's size its state has."""
+        return self._n_states() + self.keeps_master(dtype)
+
+    def multipliers(self, key: Key) -> tuple[float, float]:
+        """Give the factors of a key for the learning rate and for the weight decay."""
+        name = self._names.get(key, key)
+        lr_mult = self._lr_mult.get(key, self._lr_mult.get(name, 1.0))
+        return lr_mult, self._wd_mult.get(key, self._wd_mult.get(name, 1.0))
+
+    def check(self, spec: Spec) -> None:
+        """Raise unless keys like this can be updated.
+
+        Raises
+        ------
+        DTypeMismatchError
+            The key does not hold real floats.
+        """
+        if not (spec.dtype.kind == "f" or is_small_float(spec.dtype)):
+            raise DTypeMismatchError(
+                f"{spec}, {type(self).__name__} updates keys of real floats only: "
+                "use an updater of your own (set_updater) for this key"
+            )
 
     def _update_piece(self, weight: Array, grad: Array, state: list[Array], step: Step) -> None:
         dtype = wide(weight.dtype)
@@ -193,15 +242,6 @@ class Optimizer(ABC):
         np.copyto(wide_grad, grad)
         self._step(master, wide_grad, state, scratch, step)
         np.copyto(weight, master, casting="unsafe")
-
-    def _next_step(self, key: Key) -> Step:
-        count = self._counts.get(key, self._begin_num_update) + 1
-        self._counts[key] = count
-        self.num_update = max(self.num_update, count)
-        name = self._names.get(key, key)
-        lr = self.learning_rate * self._lr_mult.get(key, self._lr_mult.get(name, 1.0))
-        wd = self.wd * self._wd_mult.get(key, self._wd_mult.get(name, 1.0))
-        return Step(lr, wd, count)
 
     def _gradient(self, weight: Array, grad: Array, scratch: list[Array], wd: float) -> Array:
         """Rescale, clip and decay a gradient into the first scratch array."""

@@ -6,9 +6,9 @@ from typing import final
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, DType
 from ..topology import Topology
-from .contract import Transport
+from .contract import Sink, Transport
 
 
 @final
@@ -22,6 +22,10 @@ class AloneTransport(Transport):
         """Copy `source`; rounds where `out` has fewer bits."""
         if source is not out:
             np.copyto(out, source, casting="unsafe")
+
+    def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
+        """Hand over `source` itself, or its rounded copy."""
+        sink(0, source.size, source if source.dtype == dtype else source.astype(dtype))
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Do nothing: the root is this rank."""

@@ -8,9 +8,14 @@ what can fail on one rank alone is done before the call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
 
-from ..arrays import Array
+from ..arrays import Array, DType
 from ..topology import Topology
+
+# Takes start, stop and the sum of the elements between; the array is valid until it returns.
+Sink: TypeAlias = Callable[[int, int, Array], None]
 
 
 class Transport(ABC):
@@ -32,6 +37,21 @@ class Transport(ABC):
             Contiguous; of the dtype of `out`, or the dtype in which its sums are taken.
         out : numpy.ndarray, shape (n,)
             Contiguous. May be `source` itself, else must not overlap it.
+        """
+
+    @abstractmethod
+    def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
+        """Sum as `all_reduce`, but hand over the sum piece by piece, fresh in cache.
+
+        Parameters
+        ----------
+        source : numpy.ndarray, shape (n,)
+            As for `all_reduce`.
+        dtype : numpy.dtype
+            Of the sum.
+        sink : callable
+            ``sink(start, stop, total)`` is called for pieces in ascending order that
+            cover all elements once. It must not raise.
         """
 
     @abstractmethod

@@ -16,9 +16,7 @@ from ..errors import LaunchError
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def check_launcher(
-    world_size: int, library: str, environ: Mapping[str, str] = os.environ
-) -> None:
+def check_launcher(world_size: int, library: str, environ: Mapping[str, str] = os.environ) -> None:
     """Raise if the launcher started more ranks than MPI knows of.
 
     Parameters

@@ -8,6 +8,7 @@ works under every MPI and the order of a sum is ours, not the library's.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -15,13 +16,13 @@ import numpy as np
 from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..topology import Topology
-from .contract import Messenger, Pending, Transport
+from .contract import Messenger, Pending, Sink, Transport
 from .launcher import check_launcher
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_TAG_AGREE, _TAG_TEXT, _TAG_SCATTER, _TAG_GATHER = 1, 2, 3, 4
+_AGREE, _TEXT, _SCATTER, _GATHER = 1, 2, 3, 4  # tags
 # Measured with 2 ranks on one machine: below, one message with everything costs no
 # more than MPI_Allreduce; above, each rank adding its own segment is quicker.
 _SMALL_BYTES = 16 << 10
@@ -92,6 +93,7 @@ def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
             "comm must be an mpi4py intra-communicator that holds this rank, "
             f"got {comm!r} of type {type(comm).__name__}"
         )
+    copy: MPI.Intracomm
     copy, request = comm.Idup()
     end, nap_s = time.monotonic() + limit_s, 0.0
     while not request.Test():
@@ -148,8 +150,11 @@ class MpiTransport(Transport):
         small_bytes: int = _SMALL_BYTES,
     ) -> None:
         self.topology = topology
-        self._mpi = import_mpi()
+        mpi = import_mpi()
         self._comm = comm
+        self._byte, self._wait_all = mpi.BYTE, mpi.Request.Waitall
+        self._rank, self._size = topology.rank, topology.size
+        self._others = [k for k in range(self._size) if k != self._rank]
         self._tree = tree
         self._message_bytes = message_bytes
         self._small_bytes = small_bytes
@@ -158,67 +163,80 @@ class MpiTransport(Transport):
         self._segments = np.empty((comm.size, -(-segment_bytes // 16)), np.complex128)
         self._small = np.empty(max(small_bytes, 16), np.uint8)
         # float32 sums of 16-bit and 8-bit floats, or of three ranks and more.
+        self._piece = np.empty(max(self._segments.nbytes, small_bytes), np.uint8)
         self._total = np.empty(max(self._segments[0].nbytes, 4 * small_bytes), np.uint8)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
-        if self.topology.size == 1:
-            if source is not out:
-                np.copyto(out, source, casting="unsafe")
-        elif source.nbytes * self.topology.size <= self._small_bytes:
-            self._sum_all(source, out)
-        else:
-            self._sum_pieces(source, out)
+        n_bytes = source.nbytes
+        if n_bytes * self._size <= self._small_bytes:
+            self._sum_all(source, n_bytes, out)
+            return
+        for start, stop in self._pieces(source):
+            self._sum_piece(source[start:stop], out[start:stop])
+
+    def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
+        """Sum by segments into a scratch piece; see `Transport.all_reduce_pieces`."""
+        n_bytes = source.nbytes
+        if n_bytes * self._size <= self._small_bytes:
+            total = self._piece[: source.size * dtype.itemsize].view(dtype)
+            self._sum_all(source, n_bytes, total)
+            sink(0, source.size, total)
+            return
+        for start, stop in self._pieces(source):
+            total = self._piece[: (stop - start) * dtype.itemsize].view(dtype)
+            self._sum_piece(source[start:stop], total)
+            sink(start, stop, total)
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Broadcast in messages of at most `message_bytes` (MPI_Bcast)."""
         raw = buffer.view(np.uint8)
         for start in range(0, raw.size, self._message_bytes):
-            self._comm.Bcast([raw[start : start + self._message_bytes], self._mpi.BYTE], root)
+            self._comm.Bcast([raw[start : start + self._message_bytes], self._byte], root)
 
     def close(self) -> None:
         """Free the communicator (MPI_Comm_free, collective)."""
         self._comm.Free()
 
-    def _sum_all(self, source: Array, out: Array) -> None:
-        size, n_bytes = self.topology.size, source.nbytes
-        everything = self._small[: size * n_bytes]
-        self._comm.Allgather([source.view(np.uint8), self._mpi.BYTE], [everything, self._mpi.BYTE])
-        rows = everything.view(source.dtype).reshape(size, source.size)
-        self._add_rows(list(rows), out)
+    def _sum_all(self, source: Array, n_bytes: int, out: Array) -> None:
+        if self._size == 1:
+            np.copyto(out, source, casting="unsafe")
+            return
+        everything = self._small[: self._size * n_bytes]
+        self._comm.Allgather([source.view(np.uint8), self._byte], [everything, self._byte])
+        self._add_rows(everything.view(source.dtype).reshape(self._size, source.size), out)
 
-    def _sum_pieces(self, source: Array, out: Array) -> None:
-        size = self.topology.size
+    def _pieces(self, source: Array) -> Iterator[tuple[int, int]]:
         itemsize = wide(source.dtype).itemsize
-        step = size * (self._segments.shape[1] * 16 // itemsize)
+        step = self._size * (self._segments.shape[1] * 16 // itemsize)
         for start in range(0, source.size, step):
-            stop = min(start + step, source.size)
-            bounds = [start + (stop - start) * k // size for k in range(size + 1)]
-            self._sum_piece(source, out, bounds)
+            yield start, min(start + step, source.size)
 
-    def _sum_piece(self, source: Array, out: Array, bounds: list[int]) -> None:
-        rank, comm, byte = self.topology.rank, self._comm, self._mpi.BYTE
-        others = [k for k in range(self.topology.size) if k != rank]
-        mine = slice(bounds[rank], bounds[rank + 1])
+    def _sum_piece(self, source: Array, out: Array) -> None:
+        """Sum one piece: each rank adds its segment of it, and hands that out."""
+        if self._size == 1:
+            np.copyto(out, source, casting="unsafe")
+            return
+        rank, comm, byte = self._rank, self._comm, self._byte
+        bounds = [source.size * k // self._size for k in range(self._size + 1)]
+        parts = [slice(bounds[k], bounds[k + 1]) for k in range(self._size)]
         n = bounds[rank + 1] - bounds[rank]
         rows = [row.view(source.dtype)[:n] for row in self._segments]
-        rows[rank] = source[mine]
-        requests = [comm.Irecv([rows[k].view(np.uint8), byte], k, _TAG_SCATTER) for k in others]
-        raw = [source[bounds[k] : bounds[k + 1]].view(np.uint8) for k in others]
-        requests += [
-            comm.Isend([part, byte], k, _TAG_SCATTER) for part, k in zip(raw, others, strict=True)
-        ]
-        self._mpi.Request.Waitall(requests)
-        self._add_rows(rows, out[mine])
-        total = out[mine].view(np.uint8)
-        raw = [out[bounds[k] : bounds[k + 1]].view(np.uint8) for k in others]
+        rows[rank] = source[parts[rank]]
+        requests = [comm.Irecv([rows[k].view(np.uint8), byte], k, _SCATTER) for k in self._others]
+        for k in self._others:
+            requests.append(comm.Isend([source[parts[k]].view(np.uint8), byte], k, _SCATTER))
+        self._wait_all(requests)
+        mine = out[parts[rank]]
+        self._add_rows(rows, mine)
         requests = [
-            comm.Irecv([part, byte], k, _TAG_GATHER) for part, k in zip(raw, others, strict=True)
+            comm.Irecv([out[parts[k]].view(np.uint8), byte], k, _GATHER) for k in self._others
         ]
-        requests += [comm.Isend([total, byte], k, _TAG_GATHER) for k in others]
-        self._mpi.Request.Waitall(requests)
+        for k in self._others:
+            requests.append(comm.Isend([mine.view(np.uint8), byte], k, _GATHER))
+        self._wait_all(requests)
 
-    def _add_rows(self, rows: list[Array], out: Array) -> None:
+    def _add_rows(self, rows: Sequence[Array] | Array, out: Array) -> None:
         """Add the ranks' rows in their order; `out` may be one of the rows."""
         dtype = wide(rows[0].dtype)
         if len(rows) == 2 and dtype == rows[0].dtype == out.dtype:
@@ -234,7 +252,7 @@ class MpiTransport(Transport):
         np.copyto(out, total, casting="unsafe")
 
 
-def _tree_sum(rows: list[Array], dtype: DType) -> Array:
+def _tree_sum(rows: Sequence[Array] | Array, dtype: DType) -> Array:
     """Add a left half of as many rows as a power of two holds to the rest, recursively."""
     if len(rows) == 1:
         return rows[0].astype(dtype, copy=False)
@@ -255,9 +273,7 @@ class MpiMessenger(Messenger):
 
     def exchange(self, sent: bytearray, received: bytearray, dest: int, source: int) -> None:
         """Exchange by one MPI_Sendrecv."""
-        self._sendrecv(
-            [sent, self._byte], dest, _TAG_AGREE, [received, self._byte], source, _TAG_AGREE
-        )
+        self._sendrecv([sent, self._byte], dest, _AGREE, [received, self._byte], source, _AGREE)
 
     def start_exchange(
         self, sent: bytearray, received: bytearray, dest: int, source: int
@@ -266,8 +282,8 @@ class MpiMessenger(Messenger):
         byte = self._byte
         return _Requests(
             [
-                self._comm.Irecv([received, byte], source, _TAG_AGREE),
-                self._comm.Isend([sent, byte], dest, _TAG_AGREE),
+                self._comm.Irecv([received, byte], source, _AGREE),
+                self._comm.Isend([sent, byte], dest, _AGREE),
             ]
         )
 
@@ -278,11 +294,12 @@ class MpiMessenger(Messenger):
 
 @final
 class _Requests(Pending):
-    def __init__(self, requests: list[Any]) -> None:
+    def __init__(self, requests: list[MPI.Request]) -> None:
+        self._mpi = import_mpi()
         self._requests = requests
 
     def done(self) -> bool:
-        return all([request.Test() for request in self._requests])
+        return bool(self._mpi.Request.Testall(self._requests))
 
     def texts(self) -> list[bytes]:
         return []
@@ -297,19 +314,17 @@ class _Texts(Pending):
         self._comm = comm
         self._got: dict[int, bytes] = {topology.rank: text}
         self._waiting = [k for k in range(topology.size) if k != topology.rank]
-        self._sends = [
-            comm.Isend([text, self._mpi.BYTE], k, _TAG_TEXT) for k in self._waiting
-        ]
+        self._sends = [comm.Isend([text, self._mpi.BYTE], k, _TEXT) for k in self._waiting]
 
     def done(self) -> bool:
         status = self._mpi.Status()
         for rank in list(self._waiting):
-            if self._comm.Iprobe(rank, _TAG_TEXT, status):
+            if self._comm.Iprobe(rank, _TEXT, status):
                 buffer = bytearray(status.Get_count(self._mpi.BYTE))
-                self._comm.Recv([buffer, self._mpi.BYTE], rank, _TAG_TEXT)
+                self._comm.Recv([buffer, self._mpi.BYTE], rank, _TEXT)
                 self._got[rank] = bytes(buffer)
                 self._waiting.remove(rank)
-        return not self._waiting and all([request.Test() for request in self._sends])
+        return not self._waiting and bool(self._mpi.Request.Testall(self._sends))
 
     def texts(self) -> list[bytes]:
         return [self._got[rank] for rank in sorted(self._got)]
