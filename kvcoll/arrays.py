@@ -87,7 +87,7 @@ def as_output(out: object) -> tuple[Array, Array | None]:
         It is no array, or is read-only.
     """
     if isinstance(out, np.ndarray):
-        host = out.view(np.ndarray)
+        host = out if type(out) is np.ndarray else out.view(np.ndarray)
     elif isinstance(out, SupportsDLPack):
         if out.__dlpack_device__()[0] in _CUDA_DEVICES:
             device = _cupy().from_dlpack(out)
@@ -178,8 +178,7 @@ def native(dtype: DType) -> DType:
         raise DTypeMismatchError(
             f"values of dtype {dtype} cannot be summed: use a float, complex, integer or bool dtype"
         )
-    stored: DType = dtype.newbyteorder("=")
-    return stored
+    return np.dtype(dtype.type)  # NumPy's one object for it, so that `is` compares quickly
 
 
 @lru_cache(maxsize=1024)

@@ -50,6 +50,8 @@ class Bucket:
     runs : tuple of Run
         The same keys, neighbours joined.
     n_elements : int
+    first, last : int
+        The members' places in the list that was planned: from `first` to before `last`.
     """
 
     dtype: DType
@@ -58,6 +60,8 @@ class Bucket:
     members: tuple[Member, ...]
     runs: tuple[Run, ...]
     n_elements: int
+    first: int
+    last: int
 
 
 def plan(entries: Sequence[Entry], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
@@ -105,7 +109,14 @@ def _bucket(entries: Sequence[Entry], positions: list[int]) -> Bucket:
         members.append(Member(entries[position], position, start, stop))
     dtype = members[0].entry.spec.dtype
     return Bucket(
-        dtype, wide(dtype), is_small_float(dtype), tuple(members), tuple(_runs(members)), stop
+        dtype=dtype,
+        wide_dtype=wide(dtype),
+        is_small_float=is_small_float(dtype),
+        members=tuple(members),
+        runs=tuple(_runs(members)),
+        n_elements=stop,
+        first=positions[0],
+        last=positions[-1] + 1,
     )
 
 

@@ -148,9 +148,14 @@ class Engine:
             first = arrays[0]
             if len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous:
                 return first.reshape(-1)
+        packed = packed[: bucket.n_elements]
+        singles = [arrays[0] for arrays in values[bucket.first : bucket.last] if len(arrays) == 1]
+        if len(singles) == len(bucket.members):
+            np.concatenate(singles, axis=None, out=packed, casting="unsafe")
+            return packed
         for entry, position, start, stop in bucket.members:
             sum_in_order(values[position], packed[start:stop].reshape(entry.spec.shape))
-        return packed[: bucket.n_elements]
+        return packed
 
     def _mend(self, push: Push, failure: Exception | None) -> None:
         """Bring the replicas in step again after an updater has raised, and raise."""
