@@ -21,13 +21,15 @@ DType: TypeAlias = np.dtype[Any]
 
 _CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory that the CPU reads directly
 _CUDA_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged
+# In dlpack.h's DLManagedTensorVersioned: behind the version and two pointers.
+_FLAGS_OFFSET, _FLAG_READ_ONLY = 24, 1
 
 
 @runtime_checkable
 class SupportsDLPack(Protocol):
     """An array of any library that follows the Python array API's DLPack protocol."""
 
-    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any: ...
 
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
@@ -93,7 +95,7 @@ def as_output(out: object) -> tuple[Array, Array | None]:
             device = _cupy().from_dlpack(out)
             return np.empty(device.shape, device.dtype), device
         host = _from_dlpack(out)
-        if not host.flags.writeable and _is_legacy_capsule(out):
+        if not host.flags.writeable and not _is_read_only(out):
             host = _writable_alias(host)
     else:
         raise ArrayError(f"an output must be an array, got {type(out).__name__}")
@@ -123,10 +125,20 @@ def _from_dlpack(value: SupportsDLPack) -> Array:
         raise ArrayError(f"{type(value).__name__} cannot be read by DLPack: {error}") from error
 
 
-def _is_legacy_capsule(value: SupportsDLPack) -> bool:
-    # Before DLPack 1.0 a capsule could not say whether it is read-only; NumPy then
-    # marks the array read-only to be on the safe side, though a tensor is not.
-    return '"dltensor"' in repr(value.__dlpack__())
+def _is_read_only(value: SupportsDLPack) -> bool:
+    # Before DLPack 1.0 a capsule could not say whether it is read-only; NumPy then marks
+    # the array read-only to be on the safe side, and before 2.1 it does so for every
+    # capsule. So it is the producer that is asked, for a capsule that can say it.
+    try:
+        capsule = value.__dlpack__(max_version=(1, 0))
+    except TypeError:
+        return False  # older than DLPack 1.0
+    if '"dltensor_versioned"' not in repr(capsule):
+        return False
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    flags = ctypes.c_uint64.from_address(pointer(capsule, b"dltensor_versioned") + _FLAGS_OFFSET)
+    return bool(flags.value & _FLAG_READ_ONLY)
 
 
 def _writable_alias(array: Array) -> Array:

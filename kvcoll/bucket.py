@@ -64,7 +64,11 @@ class Bucket:
     last: int
 
 
-def plan(entries: Sequence[Entry], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+def plan(
+    entries: Sequence[Entry],
+    bucket_bytes: int = BUCKET_BYTES,
+    own_bucket_bytes: int = OWN_BUCKET_BYTES,
+) -> list[Bucket]:
     """Cut a list of keys into buckets.
 
     Parameters
@@ -73,7 +77,9 @@ def plan(entries: Sequence[Entry], bucket_bytes: int = BUCKET_BYTES) -> list[Buc
         The plan depends on nothing else than their keys' order, shapes and dtypes, so
         it is the same on all ranks.
     bucket_bytes : int, optional
-        When a bucket is full. A key of `OWN_BUCKET_BYTES` has a bucket of its own.
+        When a bucket is full. A larger key has a bucket of its own.
+    own_bucket_bytes : int, optional
+        From which size on a key has a bucket of its own in any case.
 
     Returns
     -------
@@ -84,7 +90,7 @@ def plan(entries: Sequence[Entry], bucket_bytes: int = BUCKET_BYTES) -> list[Buc
     n_bytes, is_open = 0, False
     for position, entry in enumerate(entries):
         own_bytes = entry.value.nbytes
-        alone = own_bytes >= min(OWN_BUCKET_BYTES, bucket_bytes)
+        alone = own_bytes >= min(own_bucket_bytes, bucket_bytes)
         fits = (
             is_open
             and not alone

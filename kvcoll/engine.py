@@ -18,13 +18,14 @@ from .agreement import Agreement, Call, name_ranks
 from .arrays import Array, DType, sum_in_order
 from .bucket import Bucket
 from .errors import UpdaterError
-from .replica import Entry
-from .transport.contract import Transport
+from .replica import Chunk, Entry
+from .transport.contract import Sink, Transport, Window
 from .updater import Updater
 
 # Flags of an agreement.
 _WIDE = 1  # some rank sums several values, or wider ones, for keys of 16 or 8 bits
 _FAILED = 2  # some rank's updater raised
+_PLAIN = 4  # some rank pushes arrays that are not the store's own
 
 _AFTER_UPDATE = Call("the end of a push", 0)
 
@@ -36,6 +37,7 @@ class Push:
     call: Call
     entries: tuple[Entry, ...]
     buckets: tuple[Bucket, ...]
+    windowed: tuple[Bucket, ...] = ()  # the same keys for pushes of the store's own arrays
     ready_for: Updater | None = None  # for whose updates memory has been taken
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class Engine:
         self._transport = transport
         self._agreement = agreement
         self._scratch: dict[DType, Array] = {}
+        self._windows: dict[Chunk, Window] = {}
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
 
     def reserve(self, push: Push, updater: Updater) -> None:
@@ -60,9 +63,27 @@ class Engine:
         for bucket in push.buckets:
             self._reserve(bucket.dtype, bucket.n_elements, unless=_sums_in_place(bucket, updater))
             self._reserve(bucket.wide_dtype, bucket.n_elements, unless=not bucket.is_small_float)
+        for bucket in push.windowed:
+            self._reserve(bucket.dtype, bucket.n_elements, unless=not updater.may_raise)
         push.ready_for = updater
 
-    def push(self, push: Push, values: list[list[Array]], updater: Updater) -> None:
+    def open_windows(self, entries: Sequence[Entry]) -> list[Array]:
+        """Give for each key an array of its shape from which pushes need not be packed.
+
+        Collective; the arrays of a key are the same at each call.
+        """
+        for entry in entries:
+            if entry.chunk not in self._windows:
+                size, dtype = entry.chunk.flat.size, entry.chunk.flat.dtype
+                self._windows[entry.chunk] = self._transport.window(size, dtype)
+        return [
+            self._windows[entry.chunk].own[entry.start : entry.stop].reshape(entry.spec.shape)
+            for entry in entries
+        ]
+
+    def push(
+        self, push: Push, values: list[list[Array]], updater: Updater, *, plain: bool = True
+    ) -> None:
         """Sum the values of each key, over the ranks too, and update the stored ones.
 
         Parameters
@@ -71,15 +92,20 @@ class Engine:
         values : list of list of numpy.ndarray
             For each key of `push` what this rank pushes.
         updater : Updater
+        plain : bool
+            Whether any of the values is not the array that `open_windows` gave for the key.
         """
-        wants_wide = push.has_small_floats and _wants_wide(push.entries, values)
-        flags = self._agreement.confirm(self._call(push, updater), _WIDE if wants_wide else 0)
+        flags = _PLAIN if plain else 0
+        if push.has_small_floats and _wants_wide(push.entries, values):
+            flags |= _WIDE
+        flags = self._agreement.confirm(self._call(push, updater), flags)
+        buckets = push.buckets if flags & _PLAIN else push.windowed
         if not updater.may_raise:
-            for bucket in push.buckets:
+            for bucket in buckets:
                 self._run(bucket, values, updater, flags)
             return
         failure: Exception | None = None
-        for bucket in push.buckets:
+        for bucket in buckets:
             total = self._sum(bucket, values, flags)
             if failure is not None:
                 continue  # the other ranks still wait for this rank's share of the sum
@@ -102,6 +128,11 @@ class Engine:
             self._transport.broadcast(chunk.flat[start:stop])
             entries = entries[n:]
 
+    def close(self) -> None:
+        """Let go of all memory."""
+        self._windows.clear()
+        self._scratch.clear()
+
     def _call(self, push: Push, updater: Updater) -> Call:
         """Add to a push what its updater does: ranks must not update in different ways."""
         own = updater.digest()
@@ -116,27 +147,44 @@ class Engine:
 
     def _run(self, bucket: Bucket, values: list[list[Array]], updater: Updater, flags: int) -> None:
         """Sum and update one bucket, a piece at a time where the updater allows it."""
-        if bucket.n_elements == 0:
-            updater.begin(bucket)
-            return
-        if _sums_in_place(bucket, updater):
+        if flags & _PLAIN and _sums_in_place(bucket, updater):
             run = bucket.runs[0]
             stored = run.chunk.flat[run.chunk_start : run.chunk_start + bucket.n_elements]
-            source = self._pack(bucket, values, flags, stored)
-            self._transport.all_reduce(source, stored)
+            if bucket.n_elements:
+                self._transport.all_reduce(self._pack(bucket, values, flags, stored), stored)
             return
-        source = self._pack(bucket, values, flags, self._scratch[bucket.dtype])
         updater.begin(bucket)
-        sink = partial(updater.apply, bucket)
-        self._transport.all_reduce_pieces(source, bucket.dtype, sink)
+        self._sum_pieces(bucket, values, flags, partial(updater.apply, bucket))
 
     def _sum(self, bucket: Bucket, values: list[list[Array]], flags: int) -> Array:
         """Sum one bucket into scratch memory, for an updater that may raise."""
         total = self._scratch[bucket.dtype][: bucket.n_elements]
-        if bucket.n_elements:
-            source = self._pack(bucket, values, flags, total)
-            self._transport.all_reduce(source, total)
+        if flags & _PLAIN and bucket.n_elements:
+            self._transport.all_reduce(self._pack(bucket, values, flags, total), total)
+        elif bucket.n_elements:
+
+            def copy(start: int, stop: int, piece: Array) -> None:
+                total[start:stop] = piece
+
+            self._sum_pieces(bucket, values, flags, copy)
         return total
+
+    def _sum_pieces(
+        self, bucket: Bucket, values: list[list[Array]], flags: int, sink: Sink
+    ) -> None:
+        if bucket.n_elements == 0:
+            return
+        if flags & _PLAIN:
+            packed = self._scratch[bucket.dtype]
+            source = self._pack(bucket, values, flags, packed)
+            self._transport.all_reduce_pieces(source, bucket.dtype, sink)
+            return
+        for run in bucket.runs:
+            if run.start < run.stop:
+                window = self._windows[run.chunk]
+                stop = run.chunk_start + run.stop - run.start
+                shifted = sink if run.start == 0 else _shifted(sink, run.start)
+                self._transport.all_reduce_window(window, run.chunk_start, stop, shifted)
 
     def _pack(self, bucket: Bucket, values: list[list[Array]], flags: int, packed: Array) -> Array:
         """Bring what this rank pushes into one flat array, without a copy if it is one."""
@@ -171,6 +219,13 @@ class Engine:
             f"the updater raised on {name_ranks(failed)} in {push.call.name} "
             f"({reports[failed[0]]}); all replicas hold the values of rank {root} now"
         )
+
+
+def _shifted(sink: Sink, by: int) -> Sink:
+    def shifted(start: int, stop: int, total: Array) -> None:
+        sink(start + by, stop + by, total)
+
+    return shifted
 
 
 def _sums_in_place(bucket: Bucket, updater: Updater) -> bool:

@@ -103,7 +103,7 @@ def as_key(key: object) -> Key:
             key.encode()
         except UnicodeEncodeError as error:
             raise ArgumentError(f"key {key!r} is not valid unicode: {error.reason}") from None
-        return str(key)
+        return str.__str__(key)  # of an Enum's member the value, which equals it
     if isinstance(key, (bool, np.bool_)) or not isinstance(key, (int, np.integer)):
         raise KeyKindError(f"a key is an int or a str, got {key!r} of type {type(key).__name__}")
     number = operator.index(key)

@@ -8,6 +8,7 @@ ranks in place of the agreement, and every rank raises it.
 from __future__ import annotations
 
 import builtins
+import operator
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, as_output, fill_device, native, signature
+from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
 from .engine import Engine, Push
 from .errors import (
@@ -58,6 +60,17 @@ class _Plan:
     is_list: bool
     push: Push
     places: tuple[int, ...]  # for each of the list its place in the push
+    own: tuple[Array, ...]  # for each of the list what `empty` gave, if all have it
+    own_values: list[list[Array]]  # the same in the order of the push
+
+    def is_own(self, value: Any) -> bool:
+        """Say whether exactly the arrays that `empty` gave are pushed."""
+        if not self.own:
+            return False
+        if not self.is_list:
+            return value is self.own[0]
+        same_length = isinstance(value, (list, tuple)) and len(value) == len(self.own)
+        return same_length and all(map(operator.is_, value, self.own))
 
 
 @final
@@ -90,7 +103,8 @@ class KVStore:
         self._replica = Replica()
         self._kind: builtins.type | None = None
         self._plans: dict[Key | tuple[Key, ...], _Plan] = {}
-        self._has_lent = False  # whether an updater of the user's has seen stored values
+        self._own: dict[Key, Array] = {}  # what `empty` gave
+        self._has_lent = False  # whether the user may hold stored values themselves
         self._guard = Guard(one_thread=one_thread)
 
     # What the store is ------------------------------------------------------------
@@ -239,6 +253,80 @@ KeyKindError, ArrayError
                 return new if plan.is_list else new[0]
             _fill(_outputs(plan.given, plan.is_list, out))
             return out
+
+    def empty(self, key: Any) -> Any:
+        """Give arrays for gradients that a push need not copy; called by all ranks.
+
+        Fill them in place (``numpy.multiply(a, b, out=grad)``, ``grad[...] = x``) and
+        push these very arrays, all keys of a push from here. On one host they lie in
+        memory that its ranks share, and are summed from there. Any other array, a view
+        of these included, may be pushed as ever, at the cost of its copy.
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+            Initialised keys.
+
+        Returns
+        -------
+        numpy.ndarray, or list of numpy.ndarray
+            Of each key's shape and dtype, with any contents; the same arrays at every
+            call. They may be written to whenever no push of them is running, and hold
+            until the store is closed.
+
+        Raises
+        ------
+        KeyNotFoundError, KeyKindError
+            As in `push`.
+        RanksDisagreeError
+            The ranks ask for different keys.
+
+        Notes
+        -----
+        Cost: one agreement; memory of the keys' size, shared on a host as far as it
+        allows. All ranks must push such arrays for the push to profit.
+        """
+        with self._guard:
+            with self._checked("empty()"):
+                plan = self._plan(key)
+                call = Call(
+                    f"empty{plan.push.call.name[4:]}", digest("empty", plan.push.call.digest)
+                )
+            self._agreement.confirm(call)
+            arrays = self._engine.open_windows(plan.given)
+            for entry, array in zip(plan.given, arrays, strict=True):
+                self._own.setdefault(entry.spec.key, array)
+            self._plans.clear()
+            own = [self._own[entry.spec.key] for entry in plan.given]
+            return own if plan.is_list else own[0]
+
+    def view(self, key: Any) -> Any:
+        """Show stored values without a copy; no communication.
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+
+        Returns
+        -------
+        numpy.ndarray, or list of numpy.ndarray
+            Read-only, of each key's shape and dtype. They show the replica itself: each
+            push of the key changes what they hold, so that a pull can be left out
+            altogether. While a push runs, what they hold is undefined. They stay valid
+            until the store is closed.
+
+        Raises
+        ------
+        KeyNotFoundError, KeyKindError
+            As in `pull`.
+        """
+        with self._guard:
+            plan = self._plan(key)
+            views = [entry.value.view() for entry in plan.given]
+            for shown in views:
+                shown.flags.writeable = False
+            self._has_lent = True
+            return views if plan.is_list else views[0]
 
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull.
@@ -440,7 +528,9 @@ KeyKindError, ArrayError
                 break
             time.sleep(0)
         self._plans.clear()
+        self._own.clear()
         self._replica.clear()
+        self._engine.close()
         if error is None:
             self._transport.close()
         return error
@@ -492,14 +582,15 @@ KeyKindError, ArrayError
         try:
             self._guard.check_collective()
             plan = self._plan(key)
-            values = _pushed_values(plan, value)
+            is_own = plan.is_own(value)
+            values = plan.own_values if is_own else _pushed_values(plan, value)
             outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
             self._engine.reserve(plan.push, updater)
-            if self._has_lent:
+            if self._has_lent and not is_own:
                 _copy_lent(plan.push, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse("push()", error)
-        self._engine.push(plan.push, values, updater)
+        self._engine.push(plan.push, values, updater, plain=not is_own)
         return outputs
 
     def _plan(self, key: Any) -> _Plan:
@@ -531,7 +622,12 @@ KeyKindError, ArrayError
         items = [str(spec) for spec in specs]
         call = Call(f"push({_shown(specs)})", digest("push", *items), items)
         push = Push(call, tuple(ordered), tuple(plan_buckets(ordered)))
-        plan = _Plan(given, is_list, push, tuple(place[k] for k in keys))
+        own: tuple[Array, ...] = ()
+        if len(ordered) == len(keys) and all(k in self._own for k in keys):
+            own = tuple(self._own[k] for k in keys)
+            push.windowed = tuple(plan_buckets(ordered, own_bucket_bytes=BUCKET_BYTES))
+        own_values = [[self._own[entry.spec.key]] for entry in ordered] if own else []
+        plan = _Plan(given, is_list, push, tuple(place[k] for k in keys), own, own_values)
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         self._plans[tuple(keys) if is_list else keys[0]] = plan

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..arrays import Array, DType
 from ..topology import Topology
-from .contract import Sink, Transport
+from .contract import Sink, Transport, Window
 
 
 @final
@@ -26,6 +26,14 @@ class AloneTransport(Transport):
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Hand over `source` itself, or its rounded copy."""
         sink(0, source.size, source if source.dtype == dtype else source.astype(dtype))
+
+    def window(self, n_elements: int, dtype: DType) -> Window:
+        """Give plain memory: no other rank can read it."""
+        return Window((np.empty(n_elements, dtype),), 0)
+
+    def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
+        """Sum it as any array."""
+        self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Do nothing: the root is this rank."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..arrays import Array, DType
@@ -16,6 +17,27 @@ from ..topology import Topology
 
 # Takes start, stop and the sum of the elements between; the array is valid until it returns.
 Sink: TypeAlias = Callable[[int, int, Array], None]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Memory whose contents are summed without being packed.
+
+    Attributes
+    ----------
+    rows : tuple of numpy.ndarray, shape (n,)
+        For each rank of the host its memory; only this rank's where none is shared.
+    place : int
+        Which of the rows is this rank's.
+    """
+
+    rows: tuple[Array, ...]
+    place: int
+
+    @property
+    def own(self) -> Array:
+        """The memory of this rank, to be written to."""
+        return self.rows[self.place]
 
 
 class Transport(ABC):
@@ -52,6 +74,24 @@ class Transport(ABC):
         sink : callable
             ``sink(start, stop, total)`` is called for pieces in ascending order that
             cover all elements once. It must not raise.
+        """
+
+    @abstractmethod
+    def window(self, n_elements: int, dtype: DType) -> Window:
+        """Give memory from which sums are quickest, zeroed or not; collective."""
+
+    @abstractmethod
+    def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
+        """Sum a part of a window as `all_reduce_pieces` does.
+
+        Parameters
+        ----------
+        window : Window
+            From `window`, the same on all ranks.
+        start, stop : int
+            Which elements.
+        sink : callable
+            Gets places counted from `start`.
         """
 
     @abstractmethod

@@ -8,16 +8,18 @@ works under every MPI and the order of a sum is ours, not the library's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
 from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
+from ..sums import Adder
 from ..topology import Topology
-from .contract import Messenger, Pending, Sink, Transport
+from .contract import Messenger, Pending, Sink, Transport, Window
 from .launcher import check_launcher
+from .memory import SharedMemory, share
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -111,9 +113,34 @@ def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
 def topology_of(comm: MPI.Intracomm) -> Topology:
     """Find which ranks share a host (MPI_Comm_split_type, MPI_COMM_TYPE_SHARED)."""
     host = comm.Split_type(import_mpi().COMM_TYPE_SHARED)
-    leader = host.bcast(comm.rank)
+    leader = np.array([comm.rank], np.int64)
+    host.Bcast(leader)
     host.Free()
-    return Topology.of_leaders(comm.rank, comm.allgather(leader))
+    leaders = np.empty(comm.size, np.int64)
+    comm.Allgather(leader, leaders)
+    return Topology.of_leaders(comm.rank, leaders.tolist())
+
+
+def share_memory(comm: MPI.Intracomm, n_bytes: int) -> SharedMemory | None:
+    """Map the same memory in all ranks of a communicator, which are on one host.
+
+    Returns
+    -------
+    SharedMemory or None
+        None on every rank if this host does not allow it.
+    """
+
+    def broadcast(told: bytes) -> bytes:
+        buffer = bytearray(told)
+        comm.Bcast(buffer)
+        return bytes(buffer)
+
+    def all_true(mine: bool) -> bool:
+        votes = np.array([mine], np.uint8)
+        comm.Allreduce(import_mpi().IN_PLACE, votes, import_mpi().MIN)
+        return bool(votes[0])
+
+    return share(comm.rank, n_bytes, broadcast, all_true)
 
 
 @final
@@ -127,7 +154,7 @@ class MpiTransport(Transport):
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
-        Its own: nobody else sends on it.
+        The transport's own: nobody else sends on it.
     topology : Topology
     tree : bool, default False
         Add in a binary tree over the ranks, ``(0 + 1) + (2 + 3)``, and not one by one.
@@ -155,16 +182,15 @@ class MpiTransport(Transport):
         self._byte, self._wait_all = mpi.BYTE, mpi.Request.Waitall
         self._rank, self._size = topology.rank, topology.size
         self._others = [k for k in range(self._size) if k != self._rank]
-        self._tree = tree
         self._message_bytes = message_bytes
         self._small_bytes = small_bytes
         segment_bytes = max(1024, min(segment_bytes, _SCRATCH_BYTES // comm.size))
         # Of 16-byte elements, so that rows are aligned for every dtype.
         self._segments = np.empty((comm.size, -(-segment_bytes // 16)), np.complex128)
         self._small = np.empty(max(small_bytes, 16), np.uint8)
-        # float32 sums of 16-bit and 8-bit floats, or of three ranks and more.
         self._piece = np.empty(max(self._segments.nbytes, small_bytes), np.uint8)
-        self._total = np.empty(max(self._segments[0].nbytes, 4 * small_bytes), np.uint8)
+        row_bytes = max(self._segments[0].nbytes, 4 * small_bytes)
+        self._adder = Adder(self._size, row_bytes, tree=tree)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
@@ -188,6 +214,14 @@ class MpiTransport(Transport):
             self._sum_piece(source[start:stop], total)
             sink(start, stop, total)
 
+    def window(self, n_elements: int, dtype: DType) -> Window:
+        """Give plain memory: no other rank can read it."""
+        return Window((np.empty(n_elements, dtype),), 0)
+
+    def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
+        """Sum it as any array."""
+        self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
+
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Broadcast in messages of at most `message_bytes` (MPI_Bcast)."""
         raw = buffer.view(np.uint8)
@@ -204,7 +238,7 @@ class MpiTransport(Transport):
             return
         everything = self._small[: self._size * n_bytes]
         self._comm.Allgather([source.view(np.uint8), self._byte], [everything, self._byte])
-        self._add_rows(everything.view(source.dtype).reshape(self._size, source.size), out)
+        self._adder.add(everything.view(source.dtype).reshape(self._size, source.size), out)
 
     def _pieces(self, source: Array) -> Iterator[tuple[int, int]]:
         itemsize = wide(source.dtype).itemsize
@@ -228,36 +262,13 @@ class MpiTransport(Transport):
             requests.append(comm.Isend([source[parts[k]].view(np.uint8), byte], k, _SCATTER))
         self._wait_all(requests)
         mine = out[parts[rank]]
-        self._add_rows(rows, mine)
+        self._adder.add(rows, mine)
         requests = [
             comm.Irecv([out[parts[k]].view(np.uint8), byte], k, _GATHER) for k in self._others
         ]
         for k in self._others:
             requests.append(comm.Isend([mine.view(np.uint8), byte], k, _GATHER))
         self._wait_all(requests)
-
-    def _add_rows(self, rows: Sequence[Array] | Array, out: Array) -> None:
-        """Add the ranks' rows in their order; `out` may be one of the rows."""
-        dtype = wide(rows[0].dtype)
-        if len(rows) == 2 and dtype == rows[0].dtype == out.dtype:
-            np.add(rows[0], rows[1], out=out)
-            return
-        total = self._total[: out.size * dtype.itemsize].view(dtype)
-        if self._tree:
-            total = _tree_sum(rows, dtype)
-        else:
-            np.copyto(total, rows[0])
-            for row in rows[1:]:
-                np.add(total, row, out=total, dtype=dtype)
-        np.copyto(out, total, casting="unsafe")
-
-
-def _tree_sum(rows: Sequence[Array] | Array, dtype: DType) -> Array:
-    """Add a left half of as many rows as a power of two holds to the rest, recursively."""
-    if len(rows) == 1:
-        return rows[0].astype(dtype, copy=False)
-    half = 1 << (len(rows) - 1).bit_length() - 1
-    return np.add(_tree_sum(rows[:half], dtype), _tree_sum(rows[half:], dtype), dtype=dtype)
 
 
 @final
