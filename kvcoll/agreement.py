@@ -24,7 +24,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, final
 
-from .errors import RankLeftError, RanksDisagreeError, name_of, rebuild
+from .errors import RankLeftError, RanksDisagreeError, name_of, rebuild, text_of
 from .transport.contract import Messenger
 
 _STATE = struct.Struct("<QQQ")  # digest, number of the agreement, flags
@@ -177,12 +177,14 @@ class AcrossRanks(Agreement):
     def refuse(self, call_name: str, error: Exception) -> NoReturn:
         """Raise what all ranks raise, from this rank's own error."""
         self._join(_REFUSED, 0)
-        report = Report(call_name, (), name_of(error), str(error))
+        report = Report(call_name, (), name_of(error), text_of(error))
         raise self._explain(report) from error
 
     def tell(self, text: str) -> list[str]:
         """Gather the texts of all ranks."""
-        return [raw.decode(errors="replace") for raw in self._all_texts(text.encode())]
+        return [
+            raw.decode(errors="replace") for raw in self._all_texts(text.encode(errors="replace"))
+        ]
 
     def leave(self, why: str) -> Generator[None, None, Exception | None]:
         """Take part in the next agreement as one that leaves; see `Agreement.leave`."""

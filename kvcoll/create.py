@@ -23,6 +23,8 @@ from .transport.memory import SharedMemory
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
 _DISTRIBUTED = ("dist", "dist_sync")
 _CREATE_LIMIT_S = 300.0
+# Within a host a piece of the sum stays in cache; a wire wants longer ones.
+_PIECE_BYTES, _WIRE_PIECE_BYTES = 1 << 20, 8 << 20
 # Where a core's writes are seen by others in their order, as HostTransport needs it.
 _ORDERED_MACHINES = ("x86_64", "AMD64")
 _NO_SHARED_MEMORY = (
@@ -103,23 +105,42 @@ def _distributed(kind: str, comm: Any, reproducible: bool, limit_s: float) -> KV
     return store
 
 
-def _transport(own: Any, topology: Topology, tree: bool) -> Transport:
+def _transport(comm: Any, topology: Topology, tree: bool) -> Transport:
     """Take the quickest way there is for ranks that are so placed."""
     from .transport import mpi
 
-    beside = mpi.MpiTransport(own, topology, tree=tree)
-    if topology.num_hosts > 1 or topology.size == 1 or platform.machine() not in _ORDERED_MACHINES:
-        return beside
+    flat = mpi.MpiTransport(comm, topology, tree=tree)
+    alone = topology.num_hosts == topology.size
+    if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not _is_level(topology)):
+        return flat
+    here = mpi.split(comm, topology.host)
+    flat.keep(here)
+    size = len(topology.ranks_on(topology.host))
+    piece_bytes = _PIECE_BYTES if topology.num_hosts == 1 else _WIRE_PIECE_BYTES
 
     def share(n_bytes: int) -> SharedMemory | None:
-        return mpi.share_memory(own, n_bytes)
+        return mpi.share_memory(here, n_bytes, everywhere=comm)
 
-    memory = share(HostTransport.bytes_for(topology.size))
+    memory = share(HostTransport.bytes_for(size, piece_bytes))
     if memory is None:
         if topology.rank == 0:
             warnings.warn(_NO_SHARED_MEMORY, RuntimeWarning, stacklevel=4)
-        return beside
-    return HostTransport(topology, memory, beside, share, tree=tree)
+        return flat
+    across = None
+    if topology.num_hosts > 1:
+        lane = mpi.split(comm, topology.local_rank)
+        flat.keep(lane)
+        if topology.local_rank < min(len(ranks) for ranks in topology.hosts):
+            between = Topology(topology.host, tuple(range(topology.num_hosts)))
+            across = mpi.MpiTransport(lane, between, tree=tree)
+    return HostTransport(topology, memory, flat, across, share, tree=tree, piece_bytes=piece_bytes)
+
+
+def _is_level(topology: Topology) -> bool:
+    """Say whether a tree over all ranks is trees over each host's, and one over the hosts."""
+    size = len(topology.hosts[0])
+    in_order = topology.host_of == tuple(rank // size for rank in range(topology.size))
+    return in_order and size & (size - 1) == 0
 
 
 @atexit.register

@@ -83,9 +83,30 @@ def _tree(root: type[KVCollError]) -> list[type[KVCollError]]:
 _BUILTIN = (TypeError, ValueError, IndexError, MemoryError, BufferError)
 
 
+def _known() -> dict[str, type[Exception]]:
+    # A class that a user derived is not known on the other ranks.
+    classes = [cls for cls in _tree(KVCollError) if cls.__module__ == __name__]
+    own: dict[str, type[Exception]] = {cls.__name__: cls for cls in classes}
+    return own | {cls.__name__: cls for cls in _BUILTIN}
+
+
 def name_of(error: BaseException) -> str:
-    """Give the name under which `rebuild` finds the class of `error`."""
-    return type(error).__name__
+    """Give the name under which `rebuild` finds the class of `error`.
+
+    For a subclass that is not known this is the nearest class that is: NumPy, for one,
+    never raises MemoryError itself.
+    """
+    known = _known()
+    names = [cls.__name__ for cls in type(error).__mro__ if known.get(cls.__name__) is cls]
+    return names[0] if names else type(error).__name__
+
+
+def text_of(error: BaseException) -> str:
+    """Write an error's text, also where the class of a user cannot write its own."""
+    try:
+        return str(error)
+    except Exception as second:  # the other ranks wait to be told, whatever it is
+        return f"(its text cannot be written: {type(second).__name__})"
 
 
 def rebuild(name: str, message: str) -> Exception:
@@ -104,8 +125,7 @@ def rebuild(name: str, message: str) -> Exception:
         Of the same class where this class is one of kvcoll's own or a built-in
         one for wrong arguments, else a `RankFailedError` that names the class.
     """
-    known: dict[str, type[Exception]] = {cls.__name__: cls for cls in _tree(KVCollError)}
-    known.update({cls.__name__: cls for cls in _BUILTIN})
+    known = _known()
     if name in known:
         return known[name](message)
     return RankFailedError(f"{name}: {message}")

@@ -104,7 +104,7 @@ def as_key(key: object) -> Key:
         except UnicodeEncodeError as error:
             raise ArgumentError(f"key {key!r} is not valid unicode: {error.reason}") from None
         return str.__str__(key)  # of an Enum's member the value, which equals it
-    if isinstance(key, (bool, np.bool_)) or not isinstance(key, (int, np.integer)):
+    if isinstance(key, (bool, np.bool_, np.timedelta64)) or not isinstance(key, (int, np.integer)):
         raise KeyKindError(f"a key is an int or a str, got {key!r} of type {type(key).__name__}")
     number = operator.index(key)
     if not _KEY_MIN <= number <= _KEY_MAX:

@@ -1,5 +1,9 @@
 """The order in which the ranks' numbers are added: the one place that decides it.
 
+By default the ranks of a host are added in their order, then the hosts' sums in theirs:
+so it can be done host by host. With a tree it is ``(0 + 1) + (2 + 3)`` over all ranks,
+wherever they are.
+
 Rules of the file: an element's sum depends on the ranks' elements and on nothing
 else, not on its place in an array nor on who adds it; nothing is allocated in a sum.
 """
@@ -16,21 +20,27 @@ from .arrays import Array, DType, wide
 
 @final
 class Adder:
-    """Adds one row a rank: one by one from rank 0 on, or in a tree.
+    """Adds one row a rank.
 
     Parameters
     ----------
-    n_rows : int
-        How many ranks there are.
+    groups : sequence of sequence of int
+        The rows in the order in which they are added: each group's first, then the
+        groups' sums. Every row is in one group.
     row_bytes : int
         The longest row, in bytes of the dtype in which sums are taken.
     tree : bool, default False
-        Add in a binary tree over the ranks, ``(0 + 1) + (2 + 3)``.
+        Take no notice of groups, and add in a binary tree over the rows.
     """
 
-    def __init__(self, n_rows: int, row_bytes: int, *, tree: bool = False) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[int]], row_bytes: int, *, tree: bool = False
+    ) -> None:
+        n_rows = sum(len(group) for group in groups)
         self._tree = tree
-        depth = (n_rows - 1).bit_length() + 1 if tree else 1
+        self._groups = groups
+        self._two = n_rows == 2 and (tree or [k for group in groups for k in group] == [0, 1])
+        depth = (n_rows - 1).bit_length() + 1 if tree else 2
         # Of 16-byte elements, so that it is aligned for every dtype.
         self._scratch = np.empty((depth, -(-row_bytes // 16)), np.complex128)
 
@@ -42,20 +52,24 @@ class Adder:
         rows : sequence of numpy.ndarray, shape (n,)
             By rank.
         out : numpy.ndarray, shape (n,)
-            Of the rows' dtype, or of the one that their sum is rounded to.
+            Of the rows' dtype, of the one in which their sums are taken, or of the one
+            to which the sum is rounded.
         """
         dtype = wide(rows[0].dtype)
-        if len(rows) == 2 and dtype is rows[0].dtype is out.dtype:
-            np.add(rows[0], rows[1], out=out)
-            return
-        if self._tree:
-            total = self._add_tree(rows, dtype, 0)
+        if self._two and dtype is out.dtype:
+            np.add(rows[0], rows[1], out=out, dtype=dtype)
+        elif self._tree:
+            np.copyto(out, self._add_tree(rows, dtype, 0), casting="unsafe")
         else:
             total = self._row(0, dtype, out.size)
-            np.copyto(total, rows[0])
-            for row in rows[1:]:
-                np.add(total, row, out=total, dtype=dtype)
-        np.copyto(out, total, casting="unsafe")
+            for number, group in enumerate(self._groups):
+                into = total if number == 0 else self._row(1, dtype, out.size)
+                np.copyto(into, rows[group[0]])
+                for k in group[1:]:
+                    np.add(into, rows[k], out=into, dtype=dtype)
+                if number:
+                    np.add(total, into, out=total)
+            np.copyto(out, total, casting="unsafe")
 
     def _add_tree(self, rows: Sequence[Array] | Array, dtype: DType, depth: int) -> Array:
         """Add as many rows as a power of two holds, and the rest, and both sums."""

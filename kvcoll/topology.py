@@ -53,6 +53,11 @@ class Topology:
         return tuple(rank for rank, its_host in enumerate(self.host_of) if its_host == host)
 
     @property
+    def hosts(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each host."""
+        return tuple(self.ranks_on(host) for host in range(self.num_hosts))
+
+    @property
     def local_rank(self) -> int:
         """Give the place of this rank among the ranks of its host, from 0."""
         return self.ranks_on(self.host).index(self.rank)

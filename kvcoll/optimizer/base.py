@@ -127,7 +127,8 @@ class Optimizer(ABC):
 
     def describe(self) -> str:
         """Write name and settings as messages do."""
-        numbers = ", ".join(f"{number:g}" for number in self.settings())
+        # All digits: settings that differ must not read alike.
+        numbers = ", ".join(repr(float(n)).removesuffix(".0") for n in self.settings())
         return f"{type(self).__name__}({numbers})"
 
     def create_state(self, spec: Spec, weight: Array) -> tuple[Array, ...]:

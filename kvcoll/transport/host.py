@@ -1,8 +1,10 @@
-"""The ranks of one host through memory that they share: no byte is copied by a kernel.
+"""The ranks of one host through memory that they share, and on to other hosts.
 
 Each rank writes what others need of its array into its own staging memory, adds its
 segment of every piece, in the order of the ranks, and all read the sum from a common
-place while it is in cache. Rules of the file: a rank writes only its own staging, its
+place while it is in cache. Where there are several hosts, a rank sums its segment over
+the hosts before it gives it out: so all of them carry their share of what crosses the
+network, and no byte crosses it twice. Rules of the file: a rank writes only its own staging, its
 own segment and its own counters; counters only grow; what a rank may overwrite is
 known from the counters alone, as the comments at the waits say.
 """
@@ -69,16 +71,19 @@ class Counters:
 
 @final
 class HostTransport(Transport):
-    """Sums over the ranks of one host through shared memory.
+    """Sums over the ranks of a host through shared memory, then over hosts.
 
     Parameters
     ----------
     topology : Topology
-        Of ranks that are all on one host.
+        Of all ranks.
     memory : SharedMemory
-        Of `bytes_for` bytes, mapped by all of them.
+        Of `bytes_for` bytes, mapped by all ranks of this host.
     beside : Transport
-        Another transport over the same ranks, for broadcasts.
+        Another transport over all ranks, for broadcasts and small arrays.
+    across : Transport or None
+        Over this rank and those of the same local rank on the other hosts; None if there
+        are no other hosts, or on a rank whose local rank the smallest host does not have.
     share : callable
         Gives that many bytes of further shared memory, or None, on all ranks alike.
     tree : bool, default False
@@ -97,6 +102,7 @@ class HostTransport(Transport):
         topology: Topology,
         memory: SharedMemory,
         beside: Transport,
+        across: Transport | None,
         share: Callable[[int], SharedMemory | None],
         *,
         tree: bool = False,
@@ -104,8 +110,12 @@ class HostTransport(Transport):
         small_bytes: int = _SMALL_BYTES,
     ) -> None:
         self.topology = topology
-        self._rank, self._size = topology.rank, topology.size
-        self._beside = beside
+        here = topology.ranks_on(topology.host)
+        self._rank, self._size = here.index(topology.rank), len(here)
+        self._lanes = min(len(ranks) for ranks in topology.hosts)
+        self._several_hosts = topology.num_hosts > 1
+        self._wide_between = any(len(ranks) > 1 for ranks in topology.hosts)
+        self._beside, self._across = beside, across
         self._share = share
         self._piece_bytes, self._small_bytes = piece_bytes, small_bytes
         yields = self._size > len(os.sched_getaffinity(0))
@@ -117,8 +127,9 @@ class HostTransport(Transport):
         self._staging = slots[2:].reshape(self._size, 2, piece_bytes)
         self._sums = slots[:2]
         self._flip = 0
-        self._adder = Adder(self._size, max(piece_bytes, 4 * small_bytes), tree=tree)
-        self._private = np.empty(small_bytes, np.uint8)
+        rows = range(self._size)
+        self._adder = Adder([rows], max(piece_bytes, 4 * small_bytes), tree=tree)
+        self._private = np.empty(max(piece_bytes, small_bytes), np.uint8)
 
     @staticmethod
     def bytes_for(size: int, piece_bytes: int = _PIECE_BYTES) -> int:
@@ -136,7 +147,10 @@ class HostTransport(Transport):
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum through shared memory; see `Transport.all_reduce`."""
         if source.nbytes <= self._small_bytes:
-            self._sum_small(source, out)
+            if self._several_hosts:
+                self._beside.all_reduce(source, out)
+            else:
+                self._sum_small(source, out)
             return
 
         def copy(start: int, stop: int, total: Array) -> None:
@@ -148,7 +162,7 @@ class HostTransport(Transport):
         """Sum through shared memory; see `Transport.all_reduce_pieces`."""
         if source.nbytes <= self._small_bytes:
             total = self._private[: source.size * dtype.itemsize].view(dtype)
-            self._sum_small(source, total)
+            self.all_reduce(source, total)
             sink(0, source.size, total)
             return
         step = self._piece_bytes // wide(source.dtype).itemsize
@@ -161,7 +175,7 @@ class HostTransport(Transport):
             total, mine = self._total(flip, stop - start, dtype)
             rows = [staged[flip].view(source.dtype)[mine] for staged in self._staging]
             rows[self._rank] = source[start:stop][mine]
-            self._adder.add(rows, total[mine])
+            self._add(rows, total[mine])
             self._added.raise_one()
             self._flip = 1 - flip
             if stop < source.size:
@@ -193,7 +207,7 @@ class HostTransport(Transport):
         for low in range(0, n, step):
             high = min(low + step, n)
             total, mine = self._total(self._flip, high - low, dtype)
-            self._adder.add([row[low:high][mine] for row in source], total[mine])
+            self._add([row[low:high][mine] for row in source], total[mine])
             self._added.raise_one()
             self._flip = 1 - self._flip
             # When all have added, all have used the sum in the other slot.
@@ -211,15 +225,29 @@ class HostTransport(Transport):
     def _total(self, flip: int, n: int, dtype: DType) -> tuple[Array, slice]:
         """Find where a piece's sum goes, and which part of it this rank adds."""
         total = self._sums[flip][: n * dtype.itemsize].view(dtype)
-        return total, slice(n * self._rank // self._size, n * (self._rank + 1) // self._size)
+        return total, self._segment(n)
+
+    def _segment(self, n: int) -> slice:
+        """Find which part of a piece this rank adds; none on a rank that has no lane."""
+        low, high = min(self._rank, self._lanes), min(self._rank + 1, self._lanes)
+        return slice(n * low // self._lanes, n * high // self._lanes)
+
+    def _add(self, rows: list[Array], out: Array) -> None:
+        """Add this rank's segment of a piece, over the other hosts, too."""
+        if not self._several_hosts:
+            self._adder.add(rows, out)
+        elif self._across is not None and out.size:
+            dtype = wide(out.dtype) if self._wide_between else rows[0].dtype
+            of_host = self._private[: out.size * dtype.itemsize].view(dtype)
+            self._adder.add(rows, of_host)
+            self._across.all_reduce(of_host, out)
 
     def _stage(self, piece: Array) -> None:
         """Copy what other ranks add of this piece, and say that it is there."""
-        low = piece.size * self._rank // self._size
-        high = piece.size * (self._rank + 1) // self._size
+        mine = self._segment(piece.size)
         staged = self._staging[self._rank][self._flip].view(piece.dtype)
-        staged[:low] = piece[:low]
-        staged[high : piece.size] = piece[high:]
+        staged[: mine.start] = piece[: mine.start]
+        staged[mine.stop : piece.size] = piece[mine.stop :]
         self._ready.raise_one()
 
     def _sum_small(self, source: Array, out: Array) -> None:

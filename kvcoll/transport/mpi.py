@@ -121,26 +121,44 @@ def topology_of(comm: MPI.Intracomm) -> Topology:
     return Topology.of_leaders(comm.rank, leaders.tolist())
 
 
-def share_memory(comm: MPI.Intracomm, n_bytes: int) -> SharedMemory | None:
-    """Map the same memory in all ranks of a communicator, which are on one host.
+def split(comm: MPI.Intracomm, color: int) -> MPI.Intracomm:
+    """Make a communicator of the ranks that give the same number (MPI_Comm_split)."""
+    part: Any = comm.Split(color, comm.rank)
+    part.Set_errhandler(import_mpi().ERRORS_RETURN)
+    own: MPI.Intracomm = part
+    return own
+
+
+def share_memory(
+    host: MPI.Intracomm, n_bytes: int, everywhere: MPI.Intracomm
+) -> SharedMemory | None:
+    """Map the same memory in all ranks of each host.
+
+    Parameters
+    ----------
+    host : mpi4py.MPI.Intracomm
+        The ranks of this host.
+    n_bytes : int
+    everywhere : mpi4py.MPI.Intracomm
+        The ranks of all hosts, which call this together.
 
     Returns
     -------
     SharedMemory or None
-        None on every rank if this host does not allow it.
+        None on every rank of all hosts if one of them does not allow it.
     """
 
     def broadcast(told: bytes) -> bytes:
         buffer = bytearray(told)
-        comm.Bcast(buffer)
+        host.Bcast(buffer)
         return bytes(buffer)
 
     def all_true(mine: bool) -> bool:
         votes = np.array([mine], np.uint8)
-        comm.Allreduce(import_mpi().IN_PLACE, votes, import_mpi().MIN)
+        everywhere.Allreduce(import_mpi().IN_PLACE, votes, import_mpi().MIN)
         return bool(votes[0])
 
-    return share(comm.rank, n_bytes, broadcast, all_true)
+    return share(host.rank, n_bytes, broadcast, all_true)
 
 
 @final
@@ -179,6 +197,7 @@ class MpiTransport(Transport):
         self.topology = topology
         mpi = import_mpi()
         self._comm = comm
+        self._parts: list[MPI.Intracomm] = []
         self._byte, self._wait_all = mpi.BYTE, mpi.Request.Waitall
         self._rank, self._size = topology.rank, topology.size
         self._others = [k for k in range(self._size) if k != self._rank]
@@ -190,7 +209,7 @@ class MpiTransport(Transport):
         self._small = np.empty(max(small_bytes, 16), np.uint8)
         self._piece = np.empty(max(self._segments.nbytes, small_bytes), np.uint8)
         row_bytes = max(self._segments[0].nbytes, 4 * small_bytes)
-        self._adder = Adder(self._size, row_bytes, tree=tree)
+        self._adder = Adder(topology.hosts, row_bytes, tree=tree)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
@@ -229,8 +248,14 @@ class MpiTransport(Transport):
             self._comm.Bcast([raw[start : start + self._message_bytes], self._byte], root)
 
     def close(self) -> None:
-        """Free the communicator (MPI_Comm_free, collective)."""
+        """Free the communicators (MPI_Comm_free, collective)."""
+        for part in self._parts:
+            part.Free()
         self._comm.Free()
+
+    def keep(self, part: MPI.Intracomm) -> None:
+        """Free another communicator, too, when this transport is closed."""
+        self._parts.append(part)
 
     def _sum_all(self, source: Array, n_bytes: int, out: Array) -> None:
         if self._size == 1:
