@@ -203,6 +203,7 @@ def can_cast(source: DType, target: DType) -> bool:
     return np.can_cast(known[0], known[1], casting="same_kind")
 
 
+@np.errstate(all="ignore")  # infinities go through, and nothing may raise on one rank alone
 def sum_in_order(values: list[Array], out: Array) -> None:
     """Add arrays of one shape left to right, into an array of the accumulating dtype.
 

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
-import platform
 import sys
-import time
-import warnings
 from typing import Any
 
+from . import farewell
 from .agreement import AcrossRanks, Alone, Call
 from .errors import ArgumentError
+from .reduction import transport_for
 from .schema import digest
 from .store import KVStore
-from .topology import Topology
 from .transport.alone import AloneTransport
-from .transport.contract import Transport
-from .transport.host import HostTransport
-from .transport.memory import SharedMemory
 
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
 _DISTRIBUTED = ("dist", "dist_sync")
 _CREATE_LIMIT_S = 300.0
-# Within a host a piece of the sum stays in cache; a wire wants longer ones.
-_PIECE_BYTES, _WIRE_PIECE_BYTES = 1 << 20, 8 << 20
-# Where a core's writes are seen by others in their order, as HostTransport needs it.
-_ORDERED_MACHINES = ("x86_64", "AMD64")
-_NO_SHARED_MEMORY = (
-    "the ranks of this host cannot share memory (memfd_create, or /proc/<pid>/fd of another "
-    "rank, is not allowed here): sums take MPI, which is slower for large arrays"
-)
 
 _open_stores: list[KVStore] = []
 
@@ -98,49 +85,11 @@ def _distributed(kind: str, comm: Any, reproducible: bool, limit_s: float) -> KV
     agreement = AcrossRanks(mpi.MpiMessenger(own, topology))
     options = f"create('dist_sync', reproducible={reproducible})"
     agreement.confirm(Call(options, digest(options)))
-    transport = _transport(own, topology, reproducible)
+    transport = transport_for(own, topology, tree=reproducible)
     store = KVStore(kind, transport, agreement, one_thread=True)
     _open_stores[:] = [other for other in _open_stores if not other.closed]
     _open_stores.append(store)
     return store
-
-
-def _transport(comm: Any, topology: Topology, tree: bool) -> Transport:
-    """Take the quickest way there is for ranks that are so placed."""
-    from .transport import mpi
-
-    flat = mpi.MpiTransport(comm, topology, tree=tree)
-    alone = topology.num_hosts == topology.size
-    if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not _is_level(topology)):
-        return flat
-    here = mpi.split(comm, topology.host)
-    flat.keep(here)
-    size = len(topology.ranks_on(topology.host))
-    piece_bytes = _PIECE_BYTES if topology.num_hosts == 1 else _WIRE_PIECE_BYTES
-
-    def share(n_bytes: int) -> SharedMemory | None:
-        return mpi.share_memory(here, n_bytes, everywhere=comm)
-
-    memory = share(HostTransport.bytes_for(size, piece_bytes))
-    if memory is None:
-        if topology.rank == 0:
-            warnings.warn(_NO_SHARED_MEMORY, RuntimeWarning, stacklevel=4)
-        return flat
-    across = None
-    if topology.num_hosts > 1:
-        lane = mpi.split(comm, topology.local_rank)
-        flat.keep(lane)
-        if topology.local_rank < min(len(ranks) for ranks in topology.hosts):
-            between = Topology(topology.host, tuple(range(topology.num_hosts)))
-            across = mpi.MpiTransport(lane, between, tree=tree)
-    return HostTransport(topology, memory, flat, across, share, tree=tree, piece_bytes=piece_bytes)
-
-
-def _is_level(topology: Topology) -> bool:
-    """Say whether a tree over all ranks is trees over each host's, and one over the hosts."""
-    size = len(topology.hosts[0])
-    in_order = topology.host_of == tuple(rank // size for rank in range(topology.size))
-    return in_order and size & (size - 1) == 0
 
 
 @atexit.register
@@ -148,15 +97,13 @@ def _leave_all() -> None:
     """Leave the stores that are open, all at once, so that no rank waits for this one."""
     error = vars(sys).get("last_value")  # what ended the program, if an exception did
     why = "" if error is None else f"{type(error).__name__}: {error}"
-    under_way = [store.leaving(why) for store in _open_stores if not store.closed]
-    while under_way:
-        for steps in list(under_way):
-            try:
-                next(steps)
-            except StopIteration:
-                under_way.remove(steps)
-        time.sleep(0)
+    farewell.finish([store.leaving(why) for store in _open_stores if not store.closed])
+
+
+def _forget_all() -> None:
+    _open_stores.clear()
+    farewell.forget()
 
 
 # A child made by fork must not speak for its parent.
-os.register_at_fork(after_in_child=_open_stores.clear)
+os.register_at_fork(after_in_child=_forget_all)

@@ -197,13 +197,17 @@ class Engine:
             if len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous:
                 return first.reshape(-1)
         packed = packed[: bucket.n_elements]
+        with np.errstate(all="ignore"):  # a cast that overflows may not raise on one rank alone
+            self._pack_into(bucket, values, packed)
+        return packed
+
+    def _pack_into(self, bucket: Bucket, values: list[list[Array]], packed: Array) -> None:
         singles = [arrays[0] for arrays in values[bucket.first : bucket.last] if len(arrays) == 1]
         if len(singles) == len(bucket.members):
             np.concatenate(singles, axis=None, out=packed, casting="unsafe")
-            return packed
+            return
         for entry, position, start, stop in bucket.members:
             sum_in_order(values[position], packed[start:stop].reshape(entry.spec.shape))
-        return packed
 
     def _mend(self, push: Push, failure: Exception | None) -> None:
         """Bring the replicas in step again after an updater has raised, and raise."""

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 
+from . import farewell
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, as_output, fill_device, native, signature
@@ -466,7 +467,7 @@ KeyKindError, ArrayError
         with self._guard:
             if self._guard.inside:
                 raise self._guard.nested()
-            error = self._leave("")
+            error = self._leave()
         if error is not None:
             raise error
 
@@ -482,7 +483,8 @@ KeyKindError, ArrayError
         if error is None:
             self.close()
         elif not self.closed:
-            self._leave(f"{type(error).__name__}: {error}")
+            # The other ranks may be in a call of another store, which is left after this one.
+            farewell.begin(self.leaving(f"{type(error).__name__}: {error}"))
 
     def leaving(self, why: str) -> Generator[None, None, Exception | None]:
         """Leave the store in steps that do not wait; for the end of the process.
@@ -518,8 +520,8 @@ KeyKindError, ArrayError
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse(name, error)
 
-    def _leave(self, why: str) -> Exception | None:
-        steps = self.leaving(why)
+    def _leave(self) -> Exception | None:
+        steps = self.leaving("")
         while True:
             try:
                 next(steps)

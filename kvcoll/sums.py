@@ -44,6 +44,7 @@ class Adder:
         # Of 16-byte elements, so that it is aligned for every dtype.
         self._scratch = np.empty((depth, -(-row_bytes // 16)), np.complex128)
 
+    @np.errstate(all="ignore")  # infinities go through, and nothing may raise on one rank alone
     def add(self, rows: Sequence[Array] | Array, out: Array) -> None:
         """Add rows of one dtype into `out`, which may be one of them.
 

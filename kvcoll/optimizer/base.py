@@ -229,6 +229,7 @@ class Optimizer(ABC):
                 "use an updater of your own (set_updater) for this key"
             )
 
+    @np.errstate(all="ignore")  # nothing may raise on one rank alone
     def _update_piece(self, weight: Array, grad: Array, state: list[Array], step: Step) -> None:
         dtype = wide(weight.dtype)
         scratch = [array[: weight.size] for array in self._scratch[dtype]]

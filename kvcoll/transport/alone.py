@@ -29,7 +29,7 @@ class AloneTransport(Transport):
 
     def window(self, n_elements: int, dtype: DType) -> Window:
         """Give plain memory: no other rank can read it."""
-        return Window((np.empty(n_elements, dtype),), 0)
+        return Window((np.empty(n_elements, dtype),))
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum it as any array."""

@@ -29,10 +29,13 @@ class Window:
         For each rank of the host its memory; only this rank's where none is shared.
     place : int
         Which of the rows is this rank's.
+    is_shared : bool
+        Whether the ranks of a host see one another's; the same on all hosts.
     """
 
     rows: tuple[Array, ...]
-    place: int
+    place: int = 0
+    is_shared: bool = False
 
     @property
     def own(self) -> Array:

@@ -189,14 +189,14 @@ class HostTransport(Transport):
         row_bytes = -(-n_elements * dtype.itemsize // _LINE_BYTES) * _LINE_BYTES
         memory = self._share(max(row_bytes * self._size, _LINE_BYTES))
         if memory is None:
-            return Window((np.empty(n_elements, dtype),), 0)
+            return Window((np.empty(n_elements, dtype),))
         rows = memory.raw[: row_bytes * self._size].reshape(self._size, row_bytes)
         n_bytes = n_elements * dtype.itemsize
-        return Window(tuple(row[:n_bytes].view(dtype) for row in rows), self._rank)
+        return Window(tuple(row[:n_bytes].view(dtype) for row in rows), self._rank, True)
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum what lies in shared memory already; see `Transport.all_reduce_window`."""
-        if len(window.rows) == 1:
+        if not window.is_shared:
             self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
             return
         source = [row[start:stop] for row in window.rows]
