@@ -20,6 +20,7 @@ import json
 import struct
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, final
@@ -31,7 +32,11 @@ _STATE = struct.Struct("<QQQ")  # digest, number of the agreement, flags
 _DIFFERENT = 1
 _REFUSED = 2
 _LEFT = 3
-_FIRST_DIGEST = 16  # or-ed into every digest, so that none is one of the words above
+_FIRST = 16  # or-ed into every other digest, so that none is one of the words above
+_CLOSE = 0x5AFE5C105ED00000
+_STORE_STEP = 0x9E3779B97F4A7C15 & ~31  # leaves the words above what they are
+_MASK = 2**64 - 1
+_EXIT = "exit"
 _SHOWN_GROUPS = 6
 
 
@@ -63,6 +68,11 @@ class Report:
     error_name: str = ""
     error_text: str = ""
     left: bool = False
+
+    @property
+    def left_quietly(self) -> bool:
+        """Whether the rank has left, and nothing was wrong."""
+        return self.left and not self.error_text
 
     def encode(self) -> bytes:
         """Write it as JSON: it comes from a peer, so nothing in it can run."""
@@ -110,6 +120,16 @@ class Agreement(ABC):
         """Tell all ranks a text; give those of all, by rank. All ranks call it."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Agree that the store is closed, on all ranks.
+
+        Raises
+        ------
+        KVCollError
+            The ranks differ. Ranks that have ended without a word count as agreed.
+        """
+
+    @abstractmethod
     def leave(self, why: str) -> Generator[None, None, Exception | None]:
         """Take leave of the other ranks, in steps that do not wait.
 
@@ -121,9 +141,14 @@ class Agreement(ABC):
         Returns
         -------
         generator
-            To be run until it ends; its value is the error that the other ranks
-            raise because they did not leave, or None when all have left.
+            To be run until it ends; its value is the error that the other ranks raise
+            because they did not leave, or None when all have left.
         """
+
+    @property
+    @abstractmethod
+    def ended(self) -> str:
+        """Why no rank can be asked any more, or ``''``."""
 
 
 @final
@@ -142,18 +167,32 @@ class Alone(Agreement):
         """Give the one text there is."""
         return [text]
 
+    def close(self) -> None:
+        """Return at once."""
+
     def leave(self, why: str) -> Generator[None, None, Exception | None]:
         """End at once."""
         yield from ()
         return None
 
+    @property
+    def ended(self) -> str:
+        """Never anything."""
+        return ""
+
 
 @final
 class AcrossRanks(Agreement):
-    """The agreement of a distributed store.
+    """The agreement of all distributed stores of one communicator.
 
-    Cost: ``ceil(log2(size))`` exchanges of 24 bytes, some 1 to 2 microseconds each
-    between ranks of one machine.
+    They share it, so that the calls of all of them are in one order on all ranks, and a
+    rank that is at another store is named like one that is at another key. Cost:
+    ``ceil(log2(size))`` exchanges of 24 bytes, some 1 to 2 microseconds each between
+    ranks of one machine.
+
+    Parameters
+    ----------
+    messenger : Messenger
     """
 
     def __init__(self, messenger: Messenger) -> None:
@@ -164,21 +203,37 @@ class AcrossRanks(Agreement):
             ((rank + 2**k) % size, (rank - 2**k) % size) for k in range((size - 1).bit_length())
         ]
         self._number = 0
+        self._n_stores = 0
+        self._open: set[int] = set()
+        self._ended = ""
+        self.is_final = False  # whether a rank has ended, and not just left its stores
+        self._leaving: deque[object] = deque()
         self._sent = bytearray(_STATE.size)
         self._received = bytearray(_STATE.size)
 
-    def confirm(self, call: Call, flags: int = 0) -> int:
+    def of_store(self) -> Agreement:
+        """Give the agreement of one more store."""
+        self._n_stores += 1
+        self._open.add(self._n_stores)
+        return _OfStore(self, self._n_stores)
+
+    @property
+    def ended(self) -> str:
+        """Which rank has left, so that there can be no more agreement; or ``''``."""
+        return self._ended
+
+    def confirm(self, call: Call, flags: int = 0, store: int = 0) -> int:
         """Compare digests; see `Agreement.confirm`."""
-        digest, flags = self._join(call.digest | _FIRST_DIGEST, flags)
+        digest, flags = self._join((call.digest + store * _STORE_STEP) & _MASK | _FIRST, flags)
         if digest == _DIFFERENT:
-            raise self._explain(Report(call.name, tuple(call.items)))
+            raise self._verdict(Report(self._named(call.name, store), tuple(call.items)))
         return flags
 
-    def refuse(self, call_name: str, error: Exception) -> NoReturn:
+    def refuse(self, call_name: str, error: Exception, store: int = 0) -> NoReturn:
         """Raise what all ranks raise, from this rank's own error."""
         self._join(_REFUSED, 0)
-        report = Report(call_name, (), name_of(error), text_of(error))
-        raise self._explain(report) from error
+        call = self._named(call_name, store)
+        raise self._verdict(Report(call, (), name_of(error), text_of(error))) from error
 
     def tell(self, text: str) -> list[str]:
         """Gather the texts of all ranks."""
@@ -186,9 +241,33 @@ class AcrossRanks(Agreement):
             raw.decode(errors="replace") for raw in self._all_texts(text.encode(errors="replace"))
         ]
 
-    def leave(self, why: str) -> Generator[None, None, Exception | None]:
+    def close(self, store: int = 0) -> None:
+        """Agree that a store is closed; see `Agreement.close`."""
+        if self._ended:
+            return
+        digest, _ = self._join((_CLOSE + store * _STORE_STEP) & _MASK | _FIRST, 0)
+        if digest == _DIFFERENT:
+            mine = Report(self._named("close()", store))
+            reports = self._reports(mine)
+            if any(not (report == mine or report.left_quietly) for report in reports):
+                raise self._judged(reports)
+            self._judged(reports)
+        self._open.discard(store)
+
+    def leave(self, why: str, store: int = 0) -> Generator[None, None, Exception | None]:
         """Take part in the next agreement as one that leaves; see `Agreement.leave`."""
-        digest, number = _LEFT, self._number
+        turn = object()
+        self._leaving.append(turn)
+        while self._leaving[0] is not turn:
+            yield
+        error = None if self._ended else (yield from self._leave(why, store))
+        self._open.discard(store)
+        self._leaving.popleft()
+        return error
+
+    def _leave(self, why: str, store: int) -> Generator[None, None, Exception | None]:
+        digest = (_LEFT + store * _STORE_STEP) & _MASK
+        number = self._number
         self._number += 1
         for dest, source in self._rounds:
             sent, received = bytearray(_STATE.pack(digest, number, 0)), bytearray(_STATE.size)
@@ -198,12 +277,17 @@ class AcrossRanks(Agreement):
             digest = _joined(digest, number, received)[0]
         if digest != _DIFFERENT:
             return None
-        farewell = self._messenger.start_all_gather(Report("close", (), "", why, True).encode())
+        mine = Report("leave" if store else _EXIT, (), "", why, True)
+        farewell = self._messenger.start_all_gather(mine.encode())
         while not farewell.done():
             yield
-        return verdict([Report.decode(raw) for raw in farewell.texts()])
+        return self._judged([Report.decode(raw) for raw in farewell.texts()])
 
     def _join(self, digest: int, flags: int) -> tuple[int, int]:
+        while self._leaving:  # what another store has begun to say comes first
+            time.sleep(0)
+        if self._ended:
+            raise RankLeftError(self._ended)
         number = self._number
         self._number = number + 1
         sent, received = self._sent, self._received
@@ -213,17 +297,57 @@ class AcrossRanks(Agreement):
             exchange(sent, received, dest, source)
             digest, theirs = _joined(digest, number, received)
             flags |= theirs
-        # A rank that refuses differs also from one that refuses for the same reason.
-        return (_DIFFERENT if digest == _REFUSED else digest), flags
+        return digest, flags
 
-    def _explain(self, mine: Report) -> Exception:
-        return verdict([Report.decode(raw) for raw in self._all_texts(mine.encode())])
+    def _verdict(self, mine: Report) -> Exception:
+        return self._judged(self._reports(mine))
+
+    def _reports(self, mine: Report) -> list[Report]:
+        return [Report.decode(raw) for raw in self._all_texts(mine.encode())]
+
+    def _judged(self, reports: list[Report]) -> Exception:
+        error = verdict(reports)
+        if isinstance(error, RankLeftError):
+            self._ended = str(error)
+            self.is_final = any(report.left and report.call == _EXIT for report in reports)
+        return error
 
     def _all_texts(self, text: bytes) -> list[bytes]:
         pending = self._messenger.start_all_gather(text)
         while not pending.done():
             time.sleep(0)
         return pending.texts()
+
+    def _named(self, call_name: str, store: int) -> str:
+        return f"{call_name} of store {store}" if store and len(self._open) > 1 else call_name
+
+
+@final
+class _OfStore(Agreement):
+    """One store's share of the agreement of its communicator."""
+
+    def __init__(self, ranks: AcrossRanks, number: int) -> None:
+        self._ranks = ranks
+        self._number = number
+
+    def confirm(self, call: Call, flags: int = 0) -> int:
+        return self._ranks.confirm(call, flags, self._number)
+
+    def refuse(self, call_name: str, error: Exception) -> NoReturn:
+        self._ranks.refuse(call_name, error, self._number)
+
+    def tell(self, text: str) -> list[str]:
+        return self._ranks.tell(text)
+
+    def close(self) -> None:
+        self._ranks.close(self._number)
+
+    def leave(self, why: str) -> Generator[None, None, Exception | None]:
+        return self._ranks.leave(why, self._number)
+
+    @property
+    def ended(self) -> str:
+        return self._ranks.ended
 
 
 def _joined(digest: int, number: int, received: bytearray) -> tuple[int, int]:
@@ -262,7 +386,7 @@ def _who_left(reports: list[Report]) -> str:
     stayed = ", ".join(f"{ranks} called {call}" for call, ranks in _groups(here) if call != "-")
     return (
         f"{left}, while {stayed}: all ranks must make the same number of calls; "
-        "the store is closed now"
+        "the stores of these ranks are closed now"
     )
 
 

@@ -88,6 +88,8 @@ def as_output(out: object) -> tuple[Array, Array | None]:
     ArrayError
         It is no array, or is read-only.
     """
+    if isinstance(out, np.ma.MaskedArray):
+        raise ArrayError("a masked array is no output, since its mask would stay: give its .data")
     if isinstance(out, np.ndarray):
         host = out if type(out) is np.ndarray else out.view(np.ndarray)
     elif isinstance(out, SupportsDLPack):
@@ -201,6 +203,12 @@ def can_cast(source: DType, target: DType) -> bool:
     """
     known = [np.dtype(np.float16) if _is_extension_float(d) else d for d in (source, target)]
     return np.can_cast(known[0], known[1], casting="same_kind")
+
+
+@np.errstate(all="ignore")  # what is too large becomes infinite, and nothing raises
+def round_to(source: Array, out: Array) -> None:
+    """Copy an array into one of another dtype."""
+    np.copyto(out, source, casting="unsafe")
 
 
 @np.errstate(all="ignore")  # infinities go through, and nothing may raise on one rank alone

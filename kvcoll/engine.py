@@ -17,7 +17,7 @@ import numpy as np
 from .agreement import Agreement, Call, name_ranks
 from .arrays import Array, DType, sum_in_order
 from .bucket import Bucket
-from .errors import UpdaterError
+from .errors import UpdaterError, text_of
 from .replica import Chunk, Entry
 from .transport.contract import Sink, Transport, Window
 from .updater import Updater
@@ -55,10 +55,26 @@ class Engine:
         self._windows: dict[Chunk, Window] = {}
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
 
-    def reserve(self, push: Push, updater: Updater) -> None:
-        """Take the memory that a push needs; may fail, so the ranks do not wait yet."""
-        if push.ready_for is updater:
-            return
+    def reserve(self, push: Push, updater: Updater) -> Call:
+        """Take the memory that a push needs, and say what to agree on.
+
+        What can fail here alone fails here, where the ranks do not wait yet.
+        """
+        if push.ready_for is not updater:
+            self._take_memory(push, updater)
+        return self._call(push, updater)
+
+    def copy_lent(self, push: Push, values: list[list[Array]]) -> None:
+        """Copy what lies in the store's own memory, which an updater has seen and kept."""
+        scratch = list(self._scratch.values())
+        for entry, arrays in zip(push.entries, values, strict=True):
+            own = [entry.value, *scratch]
+            arrays[:] = [
+                array.copy() if any(np.may_share_memory(array, o) for o in own) else array
+                for array in arrays
+            ]
+
+    def _take_memory(self, push: Push, updater: Updater) -> None:
         updater.prepare(push.buckets)
         for bucket in push.buckets:
             self._reserve(bucket.dtype, bucket.n_elements, unless=_sums_in_place(bucket, updater))
@@ -82,7 +98,13 @@ class Engine:
         ]
 
     def push(
-        self, push: Push, values: list[list[Array]], updater: Updater, *, plain: bool = True
+        self,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        call: Call,
+        *,
+        plain: bool = True,
     ) -> None:
         """Sum the values of each key, over the ranks too, and update the stored ones.
 
@@ -92,19 +114,21 @@ class Engine:
         values : list of list of numpy.ndarray
             For each key of `push` what this rank pushes.
         updater : Updater
+        call : Call
+            What `reserve` gave.
         plain : bool
             Whether any of the values is not the array that `open_windows` gave for the key.
         """
         flags = _PLAIN if plain else 0
         if push.has_small_floats and _wants_wide(push.entries, values):
             flags |= _WIDE
-        flags = self._agreement.confirm(self._call(push, updater), flags)
+        flags = self._agreement.confirm(call, flags)
         buckets = push.buckets if flags & _PLAIN else push.windowed
         if not updater.may_raise:
             for bucket in buckets:
                 self._run(bucket, values, updater, flags)
             return
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for bucket in buckets:
             total = self._sum(bucket, values, flags)
             if failure is not None:
@@ -112,7 +136,7 @@ class Engine:
             try:
                 updater.begin(bucket)
                 updater.apply(bucket, 0, bucket.n_elements, total)
-            except Exception as error:  # the user's own code: whatever it raises, all must hear
+            except BaseException as error:  # the user's own code: all must hear of sys.exit, too
                 failure = error
         if self._agreement.confirm(_AFTER_UPDATE, _FAILED if failure else 0) & _FAILED:
             self._mend(push, failure)
@@ -209,9 +233,9 @@ class Engine:
         for entry, position, start, stop in bucket.members:
             sum_in_order(values[position], packed[start:stop].reshape(entry.spec.shape))
 
-    def _mend(self, push: Push, failure: Exception | None) -> None:
+    def _mend(self, push: Push, failure: BaseException | None) -> None:
         """Bring the replicas in step again after an updater has raised, and raise."""
-        said = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        said = "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"
         reports = self._agreement.tell(said)
         failed = [rank for rank, text in enumerate(reports) if text]
         root = next((rank for rank, text in enumerate(reports) if not text), 0)

@@ -27,7 +27,7 @@ def begin(steps: Steps) -> None:
     Parameters
     ----------
     steps : generator
-        As `KVStore.leaving` gives it.
+        As `Agreement.leave` gives it.
     """
     global _thread
     with _lock:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import builtins
 import operator
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,6 +28,7 @@ from .errors import (
     ArgumentError,
     KeyExistsError,
     KeyNotFoundError,
+    text_of,
 )
 from .guard import Guard
 from .replica import Entry, Replica
@@ -459,17 +459,19 @@ KeyKindError, ArrayError
 
         Raises
         ------
-        RankLeftError
-            Other ranks still work with the store. It is closed all the same.
+        RanksDisagreeError, RankLeftError
+            Other ranks still work with the store, or with another.
         """
-        if self.closed:
+        if self._guard.closed:
             return
         with self._guard:
-            if self._guard.inside:
-                raise self._guard.nested()
-            error = self._leave()
-        if error is not None:
-            raise error
+            with self._checked("close()"):
+                pass
+            self._agreement.close()
+            self._guard.closed = "close() was called"
+            self._give_back()
+            if not self._agreement.ended:
+                self._transport.close()
 
     def __enter__(self) -> KVStore:
         return self
@@ -484,28 +486,16 @@ KeyKindError, ArrayError
             self.close()
         elif not self.closed:
             # The other ranks may be in a call of another store, which is left after this one.
-            farewell.begin(self.leaving(f"{type(error).__name__}: {error}"))
-
-    def leaving(self, why: str) -> Generator[None, None, Exception | None]:
-        """Leave the store in steps that do not wait; for the end of the process.
-
-        Parameters
-        ----------
-        why : str
-            For ranks that still work with it.
-
-        Returns
-        -------
-        generator
-            Its value is the error that these ranks raise, or None.
-        """
-        self._guard.closed = "close() was called"
-        return self._agreement.leave(why)
+            self._guard.closed = "it was left by an exception"
+            self._give_back()
+            farewell.begin(
+                self._agreement.leave(f"{builtins.type(error).__name__}: {text_of(error)}")
+            )
 
     @property
     def closed(self) -> bool:
         """Whether the store was closed, or a rank has left it."""
-        return bool(self._guard.closed)
+        return bool(self._guard.closed or self._agreement.ended)
 
     # Inside -----------------------------------------------------------------------
 
@@ -520,22 +510,11 @@ KeyKindError, ArrayError
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse(name, error)
 
-    def _leave(self) -> Exception | None:
-        steps = self.leaving("")
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                error: Exception | None = end.value
-                break
-            time.sleep(0)
+    def _give_back(self) -> None:
         self._plans.clear()
         self._own.clear()
         self._replica.clear()
         self._engine.close()
-        if error is None:
-            self._transport.close()
-        return error
 
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
         with self._checked("init()"):
@@ -587,12 +566,12 @@ KeyKindError, ArrayError
             is_own = plan.is_own(value)
             values = plan.own_values if is_own else _pushed_values(plan, value)
             outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
-            self._engine.reserve(plan.push, updater)
+            call = self._engine.reserve(plan.push, updater)
             if self._has_lent and not is_own:
-                _copy_lent(plan.push, values)
+                self._engine.copy_lent(plan.push, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse("push()", error)
-        self._engine.push(plan.push, values, updater, plain=not is_own)
+        self._engine.push(plan.push, values, updater, call, plain=not is_own)
         return outputs
 
     def _plan(self, key: Any) -> _Plan:
@@ -651,14 +630,6 @@ def _pushed_values(plan: _Plan, value: Any) -> list[list[Array]]:
                 spec.check_pushed(array)
             values[place].append(array)
     return values
-
-
-def _copy_lent(push: Push, values: list[list[Array]]) -> None:
-    """Copy what lies in the replica itself, as when an updater kept its `stored` to push it."""
-    for entry, arrays in zip(push.entries, values, strict=True):
-        arrays[:] = [
-            array.copy() if np.may_share_memory(array, entry.value) else array for array in arrays
-        ]
 
 
 def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]:

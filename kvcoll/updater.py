@@ -6,7 +6,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .optimizer.base import Optimizer, Step
 from .replica import Chunk
 from .schema import Key, digest
 
-UpdateFunction: TypeAlias = Callable[[Key, Array, Array], object]
+UpdateFunction: TypeAlias = Callable[[Any, Array, Array], object]
 
 
 class Updater(ABC):
@@ -143,9 +143,8 @@ class Optimize(Updater):
         self.may_raise = not own or optimizer.lr_scheduler is not None
         self._states: dict[Chunk, list[Array]] = {}
         self._counts: dict[Key, int] = {}
-        self._name_digest = digest(type(optimizer).__qualname__)
         self._factors: dict[Key, tuple[float, float]] = {}
-        self._version = optimizer.version
+        self._forget_factors()
         self._segments: list[_Segment] = []
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
@@ -170,9 +169,6 @@ class Optimize(Updater):
     def begin(self, bucket: Bucket) -> None:
         """Count the update, and find which neighbours share their step."""
         optimizer = self._optimizer
-        if self._version != optimizer.version:
-            self._factors.clear()
-            self._version = optimizer.version
         rates = self._rates(bucket.members)
         self._segments = []
         for run in bucket.runs:
@@ -200,7 +196,14 @@ class Optimize(Updater):
     def digest(self) -> int:
         """Digest the settings that may be changed between pushes."""
         numbers = self._optimizer.settings()
-        words = struct.unpack(f"<{len(numbers)}Q", struct.pack(f"<{len(numbers)}d", *numbers))
+        try:
+            packed = struct.pack(f"<{len(numbers)}d", *numbers)
+        except struct.error:
+            name = type(self._optimizer).__name__
+            raise TypeError(f"the settings of {name} must be numbers, got {numbers}") from None
+        words = struct.unpack(f"<{len(numbers)}Q", packed)
+        if self._version != self._optimizer.version:
+            self._forget_factors()
         mixed = self._name_digest
         for word in words:
             mixed = (mixed ^ word) * 0x9E3779B97F4A7C15 % 2**64
@@ -209,6 +212,13 @@ class Optimize(Updater):
     def describe(self) -> str:
         """Name the optimizer and its settings."""
         return self._optimizer.describe()
+
+    def _forget_factors(self) -> None:
+        """Take note of settings that are no numbers, and of changed factors of keys."""
+        self._version = self._optimizer.version
+        self._factors.clear()
+        name = type(self._optimizer).__qualname__
+        self._name_digest = digest(name, *self._optimizer.names_and_factors())
 
     def _rates(self, members: Sequence[Member]) -> list[tuple[tuple[float, float], int]]:
         counts, factors, optimizer = self._counts, self._factors, self._optimizer

@@ -125,11 +125,27 @@ class Optimizer(ABC):
         clip = -1.0 if self.clip_gradient is None else self.clip_gradient
         return (self.learning_rate, self.wd, self.rescale_grad, clip, *self._own_settings())
 
+    def names_and_factors(self) -> tuple[str, ...]:
+        """Write down what else must be equal on all ranks; compared like `settings`."""
+        words = ["multi_precision"] if self.multi_precision else []
+        if self.begin_num_update:
+            words.append(f"begin_num_update={self.begin_num_update}")
+        for what, table in (
+            ("names", self._names),
+            ("lr_mult", self._lr_mult),
+            ("wd_mult", self._wd_mult),
+        ):
+            words += [f"{what}[{key!r}]={table[key]!r}" for key in sorted(table, key=repr)]
+        return tuple(words)
+
     def describe(self) -> str:
         """Write name and settings as messages do."""
         # All digits: settings that differ must not read alike.
         numbers = ", ".join(repr(float(n)).removesuffix(".0") for n in self.settings())
-        return f"{type(self).__name__}({numbers})"
+        others = self.names_and_factors()
+        return f"{type(self).__name__}({numbers})" + (
+            f" with {', '.join(others)}" if others else ""
+        )
 
     def create_state(self, spec: Spec, weight: Array) -> tuple[Array, ...]:
         """Make the state of one key.

@@ -6,7 +6,7 @@ from typing import final
 
 import numpy as np
 
-from ..arrays import Array, DType
+from ..arrays import Array, DType, round_to
 from ..topology import Topology
 from .contract import Sink, Transport, Window
 
@@ -21,11 +21,15 @@ class AloneTransport(Transport):
     def all_reduce(self, source: Array, out: Array) -> None:
         """Copy `source`; rounds where `out` has fewer bits."""
         if source is not out:
-            np.copyto(out, source, casting="unsafe")
+            round_to(source, out)
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Hand over `source` itself, or its rounded copy."""
-        sink(0, source.size, source if source.dtype == dtype else source.astype(dtype))
+        if source.dtype != dtype:
+            rounded = np.empty(source.size, dtype)
+            round_to(source, rounded)
+            source = rounded
+        sink(0, source.size, source)
 
     def window(self, n_elements: int, dtype: DType) -> Window:
         """Give plain memory: no other rank can read it."""

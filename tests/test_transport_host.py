@@ -1,0 +1,174 @@
+"""Sums through shared memory pass the contract, on one host and over hosts that are made up.
+
+The hosts here are groups of ranks of one machine that share memory among themselves
+only: what crosses from group to group goes by MPI, as between machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from transport_contract import SMALL_FLOATS, Array, DType, TransportContract
+
+from kvcoll import reduction
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+from kvcoll.transport.contract import Transport
+from kvcoll.transport.host import Counters, HostTransport
+from kvcoll.transport.memory import share
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+@pytest.fixture(scope="class")
+def transport(request: pytest.FixtureRequest, comm: MPI.Intracomm) -> Iterator[Transport]:
+    own = request.cls
+    own.world = comm
+    host_of = own.hosts.get(comm.size, (0,) * comm.size)
+    own.groups = Topology(0, host_of).hosts
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reduction, "_PIECE_BYTES", own.piece_bytes)
+        patched.setattr(reduction, "_WIRE_PIECE_BYTES", own.piece_bytes)
+        made = reduction.transport_for(
+            mpi.duplicate(comm, 30), Topology(comm.rank, host_of), tree=own.tree
+        )
+    assert isinstance(made, HostTransport) == (len(set(host_of)) < comm.size)
+    yield made
+    made.close()
+
+
+class ThroughMemory(TransportContract):
+    """What the classes below share."""
+
+    hosts: dict[int, tuple[int, ...]] = {}  # noqa: RUF012  by number of ranks; one if not here
+    piece_bytes = 1 << 20
+    world: MPI.Intracomm
+
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def expected(self, arrays: Sequence[Array], out_dtype: DType) -> Array:
+        """Sum host by host, then the hosts."""
+        if self.tree:
+            return super().expected(arrays, out_dtype)
+        wide: Any = np.float32 if arrays[0].dtype in SMALL_FLOATS else arrays[0].dtype
+        total = None
+        for group in self.groups:
+            of_host = arrays[group[0]].astype(wide)
+            for k in group[1:]:
+                of_host = of_host + arrays[k].astype(wide)
+            total = of_host if total is None else total + of_host
+        assert total is not None
+        return total.astype(out_dtype)
+
+    def all_of(self, mine: bytes) -> list[bytes]:
+        return self.world.allgather(mine)
+
+
+class TestOneHost(ThroughMemory):
+    """As a store uses it: up to 32 KiB at once, then pieces of 1 MiB."""
+
+    edges_bytes = (32 << 10,)
+
+    def test_large_arrays_go_in_pieces(self, transport: Transport) -> None:
+        rank, size = transport.topology.rank, transport.topology.size
+        n = 3 * (1 << 18) + 5
+        arrays = [np.arange(n, dtype=np.float32) / (k + 1) for k in range(size)]
+        out = np.zeros(n, np.float32)
+        transport.all_reduce(arrays[rank], out)
+        self.check_equal(out, self.expected(arrays, np.dtype(np.float32)))
+
+
+class TestOneHostInSmallPieces(ThroughMemory):
+    piece_bytes = 64 << 10
+    edges_bytes = (32 << 10, 128 << 10)
+
+
+class TestOneHostInATree(ThroughMemory):
+    piece_bytes = 64 << 10
+    edges_bytes = (70 << 10,)
+    tree = True
+
+
+@pytest.mark.ranks(at_least=3)
+class TestHostsOfTwo(ThroughMemory):
+    """2 + 1 ranks, or 2 + 2."""
+
+    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+    piece_bytes = 64 << 10
+    edges_bytes = (70 << 10,)
+
+
+@pytest.mark.ranks(exactly=4)
+class TestUnequalHosts(ThroughMemory):
+    """3 + 1 ranks, placed in turns."""
+
+    hosts = {4: (0, 1, 0, 0)}  # noqa: RUF012
+    piece_bytes = 64 << 10
+    edges_bytes = (70 << 10,)
+
+
+@pytest.mark.ranks(exactly=4)
+class TestHostsOfTwoInATree(ThroughMemory):
+    hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012
+    piece_bytes = 64 << 10
+    edges_bytes = (70 << 10,)
+    tree = True
+
+
+@pytest.mark.ranks(exactly=4)
+def test_a_tree_over_ranks_that_are_placed_in_turns_is_taken_flat(comm: MPI.Intracomm) -> None:
+    made = reduction.transport_for(
+        mpi.duplicate(comm, 30), Topology(comm.rank, (0, 1, 0, 1)), tree=True
+    )
+    parts = [np.float32(10.0) ** -k for k in range(4)]
+    total = np.array([parts[comm.rank]], np.float32)
+    made.all_reduce(total, total)
+    assert total[0] == (parts[0] + parts[1]) + (parts[2] + parts[3])
+    made.close()
+
+
+@pytest.mark.ranks(at_least=2)
+def test_without_shared_memory_sums_take_mpi_and_say_so_once(
+    comm: MPI.Intracomm, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError("not allowed here")
+
+    # The first rank cannot make the memory, or the last one cannot open it.
+    for attribute, where in [("memfd_create", 0), ("open", size - 1)]:
+        with monkeypatch.context() as patched:
+            if rank == where:
+                patched.setattr(f"os.{attribute}", refuse)
+            own = mpi.duplicate(comm, 30)
+            if rank == 0:
+                with pytest.warns(RuntimeWarning, match="cannot share memory"):
+                    made = reduction.transport_for(own, mpi.topology_of(own))
+            else:
+                made = reduction.transport_for(own, mpi.topology_of(own))
+        assert isinstance(made, mpi.MpiTransport)
+        total = np.full(100_000, rank + 1, np.float32)
+        made.all_reduce(total, total)
+        assert (total == size * (size + 1) / 2).all()
+        made.close()
+
+
+@pytest.mark.single
+def test_memory_whose_token_is_another_is_not_taken() -> None:
+    def broadcast(told: bytes) -> bytes:
+        return told[:-1] + bytes([told[-1] ^ 1])
+
+    assert share(0, 4096, broadcast, lambda mine: mine) is None
+
+
+@pytest.mark.single
+def test_counters_wait_for_every_rank_also_where_cores_are_few() -> None:
+    raw = np.zeros(3 * 64, np.uint8)
+    ranks = [Counters(raw, rank, yields=rank == 1) for rank in range(3)]
+    for rank in (1, 2, 0):
+        ranks[rank].raise_one()
+    ranks[0].await_all()
+    assert raw.view(np.int64)[::8].tolist() == [1, 1, 1]

@@ -1,0 +1,94 @@
+"""The transport over MPI passes the contract, on every way that an array can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from transport_contract import TransportContract
+
+from kvcoll.errors import ArgumentError
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+from kvcoll.transport.contract import Transport
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class OverMpi(TransportContract):
+    """What the classes below share."""
+
+    settings: dict[str, int] = {}  # noqa: RUF012
+    world: MPI.Intracomm
+
+    @pytest.fixture
+    def transport(self, comm: MPI.Intracomm) -> Iterator[Transport]:
+        type(self).world = comm
+        own = mpi.duplicate(comm, 30)
+        made = mpi.MpiTransport(own, mpi.topology_of(own), tree=self.tree, **self.settings)
+        yield made
+        made.close()
+
+    def all_of(self, mine: bytes) -> list[bytes]:
+        return self.world.allgather(mine)
+
+
+class TestMpi(OverMpi):
+    """As a store uses it: small arrays in one message, others by segments."""
+
+    edges_bytes = ((16 << 10) // 2, (16 << 10) // 3)
+
+
+class TestMpiInManyPieces(OverMpi):
+    """Small limits stand for large arrays: pieces of 1 KiB a rank, messages of 1,000 bytes.
+
+    So the broadcast is cut in the midst of elements, as at 2^31 bytes.
+    """
+
+    settings = {"segment_bytes": 1024, "message_bytes": 1001, "small_bytes": 64}  # noqa: RUF012
+    edges_bytes = (64, 1001, 2 * 1024, 3 * 1024, 4 * 1024, 9 * 1024)
+
+
+class TestMpiInATree(OverMpi):
+    settings = {"segment_bytes": 1024, "small_bytes": 512}  # noqa: RUF012
+    edges_bytes = (256, 9000)
+    tree = True
+
+
+def test_the_topology_is_that_of_the_communicator(comm: MPI.Intracomm) -> None:
+    # All ranks of a test run are on one host.
+    assert mpi.topology_of(comm) == Topology(comm.rank, (0,) * comm.size)
+
+
+def test_a_duplicate_speaks_past_its_original(comm: MPI.Intracomm, rank: int, size: int) -> None:
+    own = mpi.duplicate(comm, 30)
+    told, got = np.array([rank]), np.array([-1])
+    on_original = comm.Irecv(got, (rank - 1) % size, 1)  # as a user of the original may
+    transport = mpi.MpiTransport(own, mpi.topology_of(own), small_bytes=0)
+    summed = np.array([rank], np.float32)
+    transport.all_reduce(summed, summed)
+    got_early = got[0]
+    own.Barrier()
+    comm.Send(told, (rank + 1) % size, 1)
+    on_original.Wait()
+    assert summed[0] == size * (size - 1) / 2
+    assert got_early == -1
+    assert got[0] == (rank - 1) % size
+    transport.close()
+
+
+@pytest.mark.parametrize("what", ["a str", "None", "the null communicator", "a group"])
+def test_what_is_no_communicator_is_refused(comm: MPI.Intracomm, what: str) -> None:
+    from mpi4py import MPI
+
+    given = {
+        "a str": "world",
+        "None": None,
+        "the null communicator": MPI.COMM_NULL,
+        "a group": comm.group,
+    }[what]
+    with pytest.raises(ArgumentError, match=r"^comm must be an mpi4py intra-communicator"):
+        mpi.duplicate(given, 30)
