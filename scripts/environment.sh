@@ -1,4 +1,5 @@
 # Makes the virtual environment once, then sets up this shell to run kvcoll under MPI.
+# shellcheck shell=bash
 #
 #   source scripts/environment.sh          # in bash, from any folder
 #   mpirun -n 2 python scripts/train.py    # from then on mpirun and python are the environment's
