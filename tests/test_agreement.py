@@ -25,7 +25,7 @@ from kvcoll.errors import (
 pytestmark = pytest.mark.single
 sizes = pytest.mark.parametrize("ranks", range(1, 10))
 ORDER = "every rank must make the same calls in one order"
-LEFT = "all ranks must make the same number of calls; the store is closed now"
+LEFT = "all ranks must make the same number of calls; the stores of these ranks are closed now"
 
 
 def push(*shapes: str) -> Report:

@@ -81,7 +81,7 @@ def test_a_rank_that_leaves_is_named_on_all(
     expected: Outcome = (
         RankLeftError,
         f"rank {odd} left the store (X: y), while {stay} called push(1): all ranks must make "
-        "the same number of calls; the store is closed now",
+        "the same number of calls; the stores of these ranks are closed now",
     )
 
     def act() -> int:

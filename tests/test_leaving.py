@@ -11,7 +11,13 @@ import pytest
 
 import kvcoll
 from kvcoll import KVStore
-from kvcoll.errors import RankLeftError, StoreClosedError, ThreadError, UpdaterError
+from kvcoll.errors import (
+    RankLeftError,
+    RanksDisagreeError,
+    StoreClosedError,
+    ThreadError,
+    UpdaterError,
+)
 
 Array = npt.NDArray[Any]
 
@@ -174,9 +180,12 @@ def test_a_rank_that_closes_the_store_is_named_on_those_that_use_it(comm: Any, w
     kv = kvcoll.create("dist_sync")
     one = 0 if who == "the first rank" else kv.num_workers - 1
     kv.init(3, f32(1))
-    with pytest.raises(RankLeftError, match=f"rank {one} left the store, while rank.* called push"):
+    with pytest.raises(RanksDisagreeError, match=rf"rank {one} called close\(\)"):
         kv.close() if kv.rank == one else kv.push(3, f32(1))
-    assert kv.closed
+    assert not kv.closed
+    kv.push(3, f32(1))
+    np.testing.assert_array_equal(kv.pull(3), f32(1) * kv.num_workers)
+    kv.close()
     with pytest.raises(StoreClosedError, match="closed"):
         kv.push(3, f32(1))
     kv.close()
@@ -216,8 +225,13 @@ def test_an_exception_that_leaves_two_stores_at_once_is_told_to_the_others(
 
 @pytest.mark.ranks(at_least=2)
 @pytest.mark.limit(10)
-def test_two_stores_closed_in_another_order_on_one_rank_are_closed(comm: Any, rank: int) -> None:
+def test_two_stores_closed_in_another_order_on_one_rank_are_an_error(comm: Any, rank: int) -> None:
     stores = [kvcoll.create("dist_sync"), kvcoll.create("dist_sync")]
-    for kv in stores if rank else stores[::-1]:
+    first, second = stores if rank else stores[::-1]
+    with pytest.raises(RanksDisagreeError, match=r"rank 0 called close\(\) of store"):
+        first.close()
+    assert not first.closed
+    assert not second.closed
+    for kv in stores:
         kv.close()
     assert all(kv.closed for kv in stores)

@@ -91,7 +91,7 @@ else:
         assert said == [
             f"RankLeftError rank {ranks - 1} left the store{cause}, while {others} called "
             "push(3 float32[4]): all ranks must make the same number of calls; "
-            "the store is closed now"
+            "the stores of these ranks are closed now"
         ]
 
 
