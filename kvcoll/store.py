@@ -513,6 +513,7 @@ KeyKindError, ArrayError
     def _give_back(self) -> None:
         self._plans.clear()
         self._own.clear()
+        self._updater = Assign()
         self._replica.clear()
         self._engine.close()
 
@@ -642,7 +643,10 @@ def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]
     for entry, outs in zip(entries, lists, strict=True):
         spec = entry.spec
         for one in outs:
-            host, device = as_output(one)
+            if builtins.type(one) is np.ndarray and one.flags.writeable:
+                host, device = one, None
+            else:
+                host, device = as_output(one)
             if host.shape != spec.shape or host.dtype is not spec.dtype:
                 spec.check_output(host)
             outputs.append((entry.value, host, device))

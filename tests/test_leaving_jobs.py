@@ -65,7 +65,6 @@ ENDINGS: dict[str, tuple[str, str, bool]] = {
         " (LookupError: no data)",
         True,
     ),
-    "closes": ("kv.close()", "", True),
 }
 
 

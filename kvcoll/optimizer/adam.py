@@ -75,9 +75,9 @@ begin_num_update
         np.multiply(g, 1 - self.beta1, out=a)
         np.add(mean, a, out=mean)
         np.multiply(variance, self.beta2, out=variance)
-        np.multiply(g, g, out=g)
-        np.multiply(g, 1 - self.beta2, out=g)
-        np.add(variance, g, out=variance)
+        np.multiply(g, g, out=a)  # not into g, which may be the sum itself
+        np.multiply(a, 1 - self.beta2, out=a)
+        np.add(variance, a, out=variance)
         np.sqrt(variance, out=a)
         np.add(a, self.epsilon, out=a)
         np.divide(mean, a, out=a)

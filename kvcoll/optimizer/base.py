@@ -261,14 +261,27 @@ class Optimizer(ABC):
         self._step(master, wide_grad, state, scratch, step)
         np.copyto(weight, master, casting="unsafe")
 
-    def _gradient(self, weight: Array, grad: Array, scratch: list[Array], wd: float) -> Array:
-        """Rescale, clip and decay a gradient into the first scratch array."""
+    def _gradient(
+        self, weight: Array, grad: Array, scratch: list[Array], wd: float, factor: float = 1.0
+    ) -> Array:
+        """Rescale, clip and decay a gradient, times a factor, into the first scratch array.
+
+        Not a pass over memory more than the settings ask for.
+        """
         own = scratch[0]
-        np.multiply(grad, self.rescale_grad, out=own)
-        if self.clip_gradient is not None:
+        rescale = self.rescale_grad
+        if self.clip_gradient is None:
+            rescale *= factor
+            if rescale == 1.0 and not wd:
+                return grad
+            np.multiply(grad, rescale, out=own)
+        else:
+            np.multiply(grad, rescale, out=own)
             np.clip(own, -self.clip_gradient, self.clip_gradient, out=own)
+            if factor != 1.0:
+                np.multiply(own, factor, out=own)
         if wd:
-            np.multiply(weight, wd, out=scratch[1])
+            np.multiply(weight, wd * factor, out=scratch[1])
             np.add(own, scratch[1], out=own)
         return own
 

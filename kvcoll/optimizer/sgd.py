@@ -61,8 +61,7 @@ param_idx2name, begin_num_update
     def _step(
         self, weight: Array, grad: Array, state: list[Array], scratch: list[Array], step: Step
     ) -> None:
-        g = self._gradient(weight, grad, scratch, step.wd)
-        np.multiply(g, step.lr, out=g)
+        g = self._gradient(weight, grad, scratch, step.wd, step.lr)
         if not state:
             np.subtract(weight, g, out=weight)
             return

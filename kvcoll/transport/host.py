@@ -25,6 +25,7 @@ from .memory import SharedMemory
 
 # Measured with 2 ranks and float32: see scripts/results.
 _PIECE_BYTES = 1 << 20
+_SMALLEST_PIECE_BYTES = 128 << 10
 _SMALL_BYTES = 32 << 10
 _LINE_BYTES = 64
 _SPINS = 200  # about 20 microseconds; then the core is offered to others
@@ -118,7 +119,7 @@ class HostTransport(Transport):
         self._beside, self._across = beside, across
         self._share = share
         self._piece_bytes, self._small_bytes = piece_bytes, small_bytes
-        yields = self._size > len(os.sched_getaffinity(0))
+        yields = self._size > (os.cpu_count() or 1)
         lines = _LINE_BYTES * self._size
         raw = memory.raw
         self._ready = Counters(raw[:lines], self._rank, yields=yields)
@@ -165,7 +166,7 @@ class HostTransport(Transport):
             self.all_reduce(source, total)
             sink(0, source.size, total)
             return
-        step = self._piece_bytes // wide(source.dtype).itemsize
+        step = self._piece_for(source.nbytes) // wide(source.dtype).itemsize
         self._stage(source[:step])
         for start in range(0, source.size, step):
             stop = min(start + step, source.size)
@@ -196,12 +197,13 @@ class HostTransport(Transport):
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum what lies in shared memory already; see `Transport.all_reduce_window`."""
-        if not window.is_shared:
+        n_bytes = (stop - start) * window.own.dtype.itemsize
+        if not window.is_shared or n_bytes <= self._small_bytes:
             self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
             return
         source = [row[start:stop] for row in window.rows]
         dtype, n = window.own.dtype, stop - start
-        step = self._piece_bytes // wide(dtype).itemsize
+        step = self._piece_for(n_bytes) // wide(dtype).itemsize
         self._ready.raise_one()
         self._ready.await_all()  # all arrays are complete, and all sums of before are used
         for low in range(0, n, step):
@@ -221,6 +223,12 @@ class HostTransport(Transport):
     def close(self) -> None:
         """Close the transport beside; the memory goes when its last array does."""
         self._beside.close()
+
+    def _piece_for(self, n_bytes: int) -> int:
+        """Cut small arrays into a few pieces, too, so that one is staged while one is added."""
+        if self._several_hosts:
+            return self._piece_bytes
+        return min(self._piece_bytes, max(_SMALLEST_PIECE_BYTES, n_bytes // 4))
 
     def _total(self, flip: int, n: int, dtype: DType) -> tuple[Array, slice]:
         """Find where a piece's sum goes, and which part of it this rank adds."""
