@@ -250,8 +250,10 @@ def with_progress_bar(
     args: argparse.Namespace, kv: kvcoll.KVStore, epochs: Iterator[Epoch]
 ) -> Iterator[Epoch]:
     """Pass the epochs on, under a bar on rank 0's terminal."""
-    # Under Open MPI stdout is a terminal even where mpirun's is none, but stderr is not.
+    # Under Open MPI stdout is a terminal even where mpirun's is none, but stderr is not. What
+    # mpirun's own is, only the script that starts it knows.
     is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    is_terminal = is_terminal or os.environ.get("KVCOLL_TERMINAL") == "1"
     wanted = args.progress == "bar" or (args.progress == "auto" and is_terminal)
     form = "training  {bar:36} {percentage:3.0f} %, {elapsed} gone, {remaining} to go"
     return iter(
