@@ -7,6 +7,7 @@ changes an array that the caller pushes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -14,6 +15,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from . import dlpack
 from .errors import ArrayError, DTypeMismatchError, MissingDependencyError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -21,8 +23,6 @@ DType: TypeAlias = np.dtype[Any]
 
 _CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost: memory that the CPU reads directly
 _CUDA_DEVICES = (2, 13)  # kDLCUDA and kDLCUDAManaged
-# In dlpack.h's DLManagedTensorVersioned: behind the version and two pointers.
-_FLAGS_OFFSET, _FLAG_READ_ONLY = 24, 1
 
 
 @runtime_checkable
@@ -97,7 +97,7 @@ def as_output(out: object) -> tuple[Array, Array | None]:
             device = _cupy().from_dlpack(out)
             return np.empty(device.shape, device.dtype), device
         host = _from_dlpack(out)
-        if not host.flags.writeable and not _is_read_only(out):
+        if not host.flags.writeable and not dlpack.is_read_only(out):
             host = _writable_alias(host)
     else:
         raise ArrayError(f"an output must be an array, got {type(out).__name__}")
@@ -124,23 +124,11 @@ def _from_dlpack(value: SupportsDLPack) -> Array:
     try:
         return np.from_dlpack(value)
     except (BufferError, TypeError, RuntimeError) as error:
+        with contextlib.suppress(BufferError, TypeError, RuntimeError):
+            array = dlpack.bfloat16_array(value)
+            if array is not None:
+                return array
         raise ArrayError(f"{type(value).__name__} cannot be read by DLPack: {error}") from error
-
-
-def _is_read_only(value: SupportsDLPack) -> bool:
-    # Before DLPack 1.0 a capsule could not say whether it is read-only; NumPy then marks
-    # the array read-only to be on the safe side, and before 2.1 it does so for every
-    # capsule. So it is the producer that is asked, for a capsule that can say it.
-    try:
-        capsule = value.__dlpack__(max_version=(1, 0))
-    except TypeError:
-        return False  # older than DLPack 1.0
-    if '"dltensor_versioned"' not in repr(capsule):
-        return False
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    flags = ctypes.c_uint64.from_address(pointer(capsule, b"dltensor_versioned") + _FLAGS_OFFSET)
-    return bool(flags.value & _FLAG_READ_ONLY)
 
 
 def _writable_alias(array: Array) -> Array:

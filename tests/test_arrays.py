@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from types import ModuleType
 from typing import Any
@@ -242,3 +243,47 @@ def test_arrays_are_written_in_one_notation() -> None:
     }
     for text, array in shown.items():
         assert describe(array) == text
+
+
+class Bfloat16Tensor:
+    """A bfloat16 tensor of another library: NumPy does not read its dtype."""
+
+    def __init__(self, values: Any, *, versioned: bool, read_only: bool = False) -> None:
+        # As unsigned words it goes through NumPy's own DLPack; the dtype code is set then.
+        self.words = values.view(np.uint16)
+        self.words.flags.writeable = not read_only
+        self.versioned = versioned
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
+        if max_version is not None and not self.versioned:
+            raise TypeError("older than DLPack 1.0")
+        version = {"max_version": max_version} if self.versioned else {}
+        capsule = self.words.__dlpack__(**version)
+        name = b"dltensor_versioned" if max_version and self.versioned else b"dltensor"
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        tensor = pointer(capsule, name) + (32 if name.endswith(b"versioned") else 0)
+        ctypes.c_uint8.from_address(tensor + 20).value = 4  # kDLBfloat
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+@pytest.mark.parametrize("versioned", [False, True], ids=["legacy", "versioned"])
+def test_a_bfloat16_tensor_is_read_and_written_in_place(versioned: bool) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4).astype(BF16)
+    for part in (values, values.T, values[::2, 1:], values[1, 2:2], values[2, 3]):
+        tensor = Bfloat16Tensor(np.asarray(part), versioned=versioned)
+        read = as_array(tensor)
+        assert read.dtype == BF16
+        np.testing.assert_array_equal(read.astype(np.float32), part.astype(np.float32))
+    out, _ = as_output(Bfloat16Tensor(values, versioned=versioned))
+    out[1] = 7
+    assert values[1].astype(np.float32).tolist() == [7, 7, 7, 7]
+
+
+def test_a_read_only_bfloat16_tensor_is_no_output() -> None:
+    values = np.ones(3, BF16)
+    with pytest.raises(ArrayError, match="read-only"):
+        as_output(Bfloat16Tensor(values, versioned=True, read_only=True))

@@ -1,0 +1,136 @@
+"""What NumPy does not read of DLPack: bfloat16, and whether memory may be written.
+
+Rules of the file: a capsule is looked into, never consumed, so that its producer frees
+what it holds when the capsule goes; the layouts are those of dlpack.h, version 1.0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import MissingDependencyError
+
+_LEGACY, _VERSIONED = b"dltensor", b"dltensor_versioned"
+_BFLOAT_CODE, _BFLOAT_BITS = 4, 16
+_FLAG_READ_ONLY = 1
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Versioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    )
+
+
+def is_read_only(producer: Any) -> bool:
+    """Say whether the memory of a DLPack producer must not be written.
+
+    A capsule from before DLPack 1.0 cannot say it, and NumPy marks what comes from one
+    read-only to be on the safe side; so the producer is asked for a capsule that can.
+    """
+    capsule = _capsule(producer)
+    if not _is_versioned(capsule):
+        return False
+    told = _Versioned.from_address(_address(capsule, _VERSIONED))
+    return bool(told.flags & _FLAG_READ_ONLY)
+
+
+def bfloat16_array(producer: Any) -> npt.NDArray[Any] | None:
+    """View a bfloat16 tensor in the CPU's memory as an array of ``ml_dtypes.bfloat16``.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        The same memory, read-only where the producer's is; None if the tensor is of
+        another dtype. It keeps the tensor's memory.
+
+    Raises
+    ------
+    MissingDependencyError
+        ml_dtypes is not installed.
+    """
+    capsule = _capsule(producer)
+    if _is_versioned(capsule):
+        tensor = _Versioned.from_address(_address(capsule, _VERSIONED)).tensor
+    else:
+        tensor = _Tensor.from_address(_address(capsule, _LEGACY))
+    if (tensor.code, tensor.bits, tensor.lanes) != (_BFLOAT_CODE, _BFLOAT_BITS, 1):
+        return None
+    dtype = _bfloat16()
+    shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    strides = _strides(tensor, shape)
+    reach = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    first = tensor.data + tensor.byte_offset
+    low = first + sum(min(0, r) for r in reach)
+    high = first + sum(max(0, r) for r in reach) + dtype.itemsize
+    memory = (ctypes.c_char * (high - low)).from_address(low)
+    memory.capsule = capsule  # lives as long as the array
+    array: npt.NDArray[Any] = np.ndarray(shape, dtype, memory, first - low, strides)
+    array.flags.writeable = not is_read_only(producer)
+    return array
+
+
+def _strides(tensor: _Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the strides in bytes; those of a compact tensor may be left out."""
+    itemsize = tensor.bits // 8
+    if tensor.strides:
+        return tuple(tensor.strides[k] * itemsize for k in range(tensor.ndim))
+    strides, step = [], itemsize
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
+
+
+def _capsule(producer: Any) -> Any:
+    try:
+        return producer.__dlpack__(max_version=(1, 0))
+    except TypeError:
+        return producer.__dlpack__()  # older than DLPack 1.0
+
+
+def _is_versioned(capsule: Any) -> bool:
+    return f'"{_VERSIONED.decode()}"' in repr(capsule)
+
+
+def _address(capsule: Any, name: bytes) -> int:
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    address: int = pointer(capsule, name)
+    return address
+
+
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a bfloat16 tensor needs ml_dtypes: pip install ml_dtypes"
+        ) from error
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
