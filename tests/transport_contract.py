@@ -225,7 +225,7 @@ class TransportContract(ABC):
         quiet = np.array(np.nan, part).view(f"u{part.itemsize}")
         for n in self.sizes(dtype.itemsize):
             words = np.full(n * dtype.itemsize // part.itemsize, quiet + rank + 1)
-            words[rank :: size + 1] ^= np.array(1, words.dtype) << (8 * part.itemsize - 1)
+            words[rank :: size + 1] ^= np.array(1 << (8 * part.itemsize - 1), words.dtype)
             source = words.view(dtype)
             behind = np.zeros(n + size, dtype)
             out = behind[rank : rank + n]
