@@ -406,8 +406,12 @@ def parse_args() -> argparse.Namespace:
     )
     add_training_options(parser)
     add = parser.add_argument
-    add("--progress", default="auto", choices=["auto", "bar", "lines"],
-        help="auto: a bar on a terminal; bar: also where mpirun hides the terminal")
+    add(
+        "--progress",
+        default="auto",
+        choices=["auto", "bar", "lines"],
+        help="auto: a bar on a terminal; bar: also where mpirun hides the terminal",
+    )
     add("--resume", type=Path, metavar="FILE", help="start from these weights")
     add("--weights", type=Path, metavar="FILE", help="write the weights, as safetensors")
     add("--json", type=Path, metavar="FILE", help="write the numbers of every epoch")
@@ -421,23 +425,57 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add what changes the training itself."""
     add, default = parser.add_argument, "(default: %(default)s)"
     rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--kv-store", default="dist_sync", metavar="TYPE",
-        help=f"type of the store; local needs neither mpirun nor MPI {default}")
-    add("--epochs", type=at_least(1), default=20, metavar="N",
-        help=f"passes over the training set {default}")
-    add("--batch-size", type=at_least(1), default=64, metavar="N",
-        help=f"samples a step, of all ranks together {default}")
-    add("--hidden", type=at_least(1), default=[256, 128], nargs="+", metavar="N",
-        help="sizes of the hidden layers (default: 256 128)")
-    add("--optimizer", default="sgd", choices=list(LEARNING_RATES),
-        help=f"the rule by which the store updates the parameters {default}")
+    add(
+        "--kv-store",
+        default="dist_sync",
+        metavar="TYPE",
+        help=f"type of the store; local needs neither mpirun nor MPI {default}",
+    )
+    add(
+        "--epochs",
+        type=at_least(1),
+        default=20,
+        metavar="N",
+        help=f"passes over the training set {default}",
+    )
+    add(
+        "--batch-size",
+        type=at_least(1),
+        default=64,
+        metavar="N",
+        help=f"samples a step, of all ranks together {default}",
+    )
+    add(
+        "--hidden",
+        type=at_least(1),
+        default=[256, 128],
+        nargs="+",
+        metavar="N",
+        help="sizes of the hidden layers (default: 256 128)",
+    )
+    add(
+        "--optimizer",
+        default="sgd",
+        choices=list(LEARNING_RATES),
+        help=f"the rule by which the store updates the parameters {default}",
+    )
     add("--lr", type=float, metavar="X", help=f"learning rate (default: {rates})")
     add("--momentum", type=float, default=0.9, metavar="X", help=f"of sgd only {default}")
     add("--wd", type=float, default=1e-4, metavar="X", help=f"weight decay {default}")
-    add("--seed", type=at_least(0), default=1, metavar="N",
-        help=f"of the first weights and the order of the samples {default}")
-    add("--target-accuracy", type=float, default=0.95, metavar="X",
-        help=f"below this test accuracy the exit code is 1; 0 turns it off {default}")
+    add(
+        "--seed",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help=f"of the first weights and the order of the samples {default}",
+    )
+    add(
+        "--target-accuracy",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help=f"below this test accuracy the exit code is 1; 0 turns it off {default}",
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -68,7 +68,18 @@ def test_a_key_is_a_plain_int_or_a_plain_str(given: object, key: Key) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [True, np.True_, 1.0, np.float32(1), None, b"w", (1,), np.timedelta64(3, "s"), np.array(3), int],
+    [
+        True,
+        np.True_,
+        1.0,
+        np.float32(1),
+        None,
+        b"w",
+        (1,),
+        np.timedelta64(3, "s"),
+        np.array(3),
+        int,
+    ],
 )
 def test_what_is_no_key_is_refused_by_its_type(given: object) -> None:
     with pytest.raises(KeyKindError) as raised:
