@@ -21,11 +21,19 @@ import struct
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NoReturn, final
 
-from .errors import RankLeftError, RanksDisagreeError, name_of, rebuild, text_of
+from .errors import (
+    RankLeftError,
+    RanksDisagreeError,
+    ThreadError,
+    name_of,
+    rebuild,
+    text_of,
+)
 from .transport.contract import Messenger
 
 _STATE = struct.Struct("<QQQ")  # digest, number of the agreement, flags
@@ -145,6 +153,10 @@ class Agreement(ABC):
             because they did not leave, or None when all have left.
         """
 
+    @abstractmethod
+    def held(self) -> AbstractContextManager[None]:
+        """Refuse, in a with-block, all agreements of this rank: the user's code runs."""
+
     @property
     @abstractmethod
     def ended(self) -> str:
@@ -175,6 +187,10 @@ class Alone(Agreement):
         yield from ()
         return None
 
+    def held(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
     @property
     def ended(self) -> str:
         """Never anything."""
@@ -193,10 +209,14 @@ class AcrossRanks(Agreement):
     Parameters
     ----------
     messenger : Messenger
+    idle : callable, optional
+        Called over and over while a farewell is under way; it may push that on.
     """
 
-    def __init__(self, messenger: Messenger) -> None:
+    def __init__(self, messenger: Messenger, idle: Callable[[], None] | None = None) -> None:
         self._messenger = messenger
+        self._idle = idle or _nap
+        self._is_held = False
         topology = messenger.topology
         rank, size = topology.rank, topology.size
         self._rounds = [
@@ -216,6 +236,25 @@ class AcrossRanks(Agreement):
         self._n_stores += 1
         self._open.add(self._n_stores)
         return _OfStore(self, self._n_stores)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Refuse agreements in a with-block; see `Agreement.held`."""
+        before, self._is_held = self._is_held, True
+        try:
+            yield
+        finally:
+            self._is_held = before
+
+    @property
+    def has_open_store(self) -> bool:
+        """Whether a store uses it."""
+        return bool(self._open)
+
+    def settle(self) -> None:
+        """Wait for farewells that are under way."""
+        while self._leaving:
+            self._idle()
 
     @property
     def ended(self) -> str:
@@ -260,10 +299,11 @@ class AcrossRanks(Agreement):
         self._leaving.append(turn)
         while self._leaving[0] is not turn:
             yield
-        error = None if self._ended else (yield from self._leave(why, store))
-        self._open.discard(store)
-        self._leaving.popleft()
-        return error
+        try:
+            return None if self._ended else (yield from self._leave(why, store))
+        finally:
+            self._open.discard(store)
+            self._leaving.remove(turn)
 
     def _leave(self, why: str, store: int) -> Generator[None, None, Exception | None]:
         digest = (_LEFT + store * _STORE_STEP) & _MASK
@@ -284,8 +324,13 @@ class AcrossRanks(Agreement):
         return self._judged([Report.decode(raw) for raw in farewell.texts()])
 
     def _join(self, digest: int, flags: int) -> tuple[int, int]:
-        while self._leaving:  # what another store has begun to say comes first
-            time.sleep(0)
+        if self._is_held:
+            raise ThreadError(
+                "an updater may pull, but must not init, push, set, wait or close, "
+                "whichever the store: the ranks are in the middle of a push"
+            )
+        if self._leaving:  # what another store has begun to say comes first
+            self.settle()
         if self._ended:
             raise RankLeftError(self._ended)
         number = self._number
@@ -345,9 +390,16 @@ class _OfStore(Agreement):
     def leave(self, why: str) -> Generator[None, None, Exception | None]:
         return self._ranks.leave(why, self._number)
 
+    def held(self) -> AbstractContextManager[None]:
+        return self._ranks.held()
+
     @property
     def ended(self) -> str:
         return self._ranks.ended
+
+
+def _nap() -> None:
+    time.sleep(1e-4)
 
 
 def _joined(digest: int, number: int, received: bytearray) -> tuple[int, int]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import farewell
+from ._version import __version__
 from .agreement import AcrossRanks, Alone, Call
 from .errors import ArgumentError, text_of
-from .reduction import transport_for
+from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
 from .store import KVStore
 from .topology import Topology
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
 _DISTRIBUTED = ("dist", "dist_sync")
 _CREATE_LIMIT_S = 300.0
+# Replicas would differ by bits if the ranks ran other versions.
+_VERSIONS = (__version__, np.__version__)
+_CREATED = Call("the end of create()", digest("created"))
 
 
 def create(
@@ -67,7 +72,8 @@ def create(
 
     Notes
     -----
-    A distributed store costs an agreement and two or three communicators.
+    A distributed store costs two agreements and two or three communicators. One that is
+    not closed is kept until the process ends.
     """
     if not isinstance(name, str):
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
@@ -88,7 +94,7 @@ def create(
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Link:
     """What the stores of one communicator share."""
 
@@ -96,9 +102,14 @@ class _Link:
     topology: Topology
     ranks: AcrossRanks
 
+    def has_open_store(self) -> bool:
+        """Say whether its communicator is still there."""
+        return self.ranks.has_open_store
 
+
+_links: list[_Link] = []
 _world: list[_Link] = []  # that of COMM_WORLD, once it is there
-_open_stores: list[tuple[AcrossRanks, KVStore]] = []
+_open_stores: list[KVStore] = []  # held until they are closed, since others wait for them
 
 
 def _distributed(kind: str, comm: Any, reproducible: bool, limit_s: float) -> KVStore:
@@ -106,13 +117,20 @@ def _distributed(kind: str, comm: Any, reproducible: bool, limit_s: float) -> KV
 
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
-    options = f"create('dist_sync', reproducible={bool(reproducible)})"
-    link.ranks.confirm(Call(options, digest(options)))
-    own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
-    transport = transport_for(own, link.topology, tree=bool(reproducible))
-    store = KVStore(kind, transport, link.ranks.of_store(), one_thread=True)
-    _open_stores[:] = [(ranks, other) for ranks, other in _open_stores if not other.closed]
-    _open_stores.append((link.ranks, store))
+    words = f"reproducible={bool(reproducible)}"
+    call = Call(f"create('dist_sync', {words})", digest("create", words, *_VERSIONS))
+    link.ranks.confirm(call, 0)
+    try:
+        own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
+        transport = transport_for(own, link.topology, tree=bool(reproducible))
+        store = KVStore(kind, transport, link.ranks.of_store(), one_thread=True)
+    except Exception as error:  # as of too little memory: the other ranks wait
+        link.ranks.refuse(call.name, error)
+    link.ranks.confirm(_CREATED)
+    _open_stores[:] = [other for other in _open_stores if not other.closed]
+    _open_stores.append(store)
+    if lacks_shared_memory(transport) and not reproducible and transport.topology.rank == 0:
+        warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
 
@@ -121,10 +139,15 @@ def _new_link(comm: Any, limit_s: float) -> _Link:
 
     own = mpi.duplicate(comm, limit_s)
     topology = mpi.topology_of(own)
-    return _Link(own, topology, AcrossRanks(mpi.MpiMessenger(own, topology)))
+    farewell.may_use_threads = mpi.allows_threads()
+    link = _Link(own, topology, AcrossRanks(mpi.MpiMessenger(own, topology), farewell.advance))
+    _links.append(link)
+    return link
 
 
 def _world_link(world: MPI.Intracomm, limit_s: float) -> _Link:
+    if _world:
+        _world[0].ranks.settle()
     if _world and _world[0].ranks.ended and not _world[0].ranks.is_final:
         _world.clear()  # a rank has left its stores, but may make new ones with the others
     if not _world:
@@ -137,12 +160,13 @@ def _leave_all() -> None:
     """Leave the stores that are open, all at once, so that no rank waits for this one."""
     error = vars(sys).get("last_value")  # what ended the program, if an exception did
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
-    # By identity, once each: a dict keeps their order.
-    still_open = {id(ranks): ranks for ranks, store in _open_stores if not store.closed}
-    farewell.finish([ranks.leave(why) for ranks in still_open.values()])
+    # The link of the world, even with no store open: others may be about to make one.
+    in_use = [link for link in _links if link in _world or link.has_open_store()]
+    farewell.finish([link.ranks.leave(why) for link in in_use if not link.ranks.ended])
 
 
 def _forget_all() -> None:
+    _links.clear()
     _world.clear()
     _open_stores.clear()
     farewell.forget()

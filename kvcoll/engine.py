@@ -122,24 +122,58 @@ class Engine:
         flags = _PLAIN if plain else 0
         if push.has_small_floats and _wants_wide(push.entries, values):
             flags |= _WIDE
-        flags = self._agreement.confirm(call, flags)
+        try:
+            flags = self._agreement.confirm(call, flags)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self._abort(push, error)  # the others may have agreed already
+            raise
         buckets = push.buckets if flags & _PLAIN else push.windowed
-        if not updater.may_raise:
+        if updater.may_raise:
+            self._push_guarded(push, buckets, values, updater, flags)
+            return
+        try:
             for bucket in buckets:
                 self._run(bucket, values, updater, flags)
-            return
+        except BaseException as error:
+            self._abort(push, error)
+            raise
+
+    def _push_guarded(
+        self,
+        push: Push,
+        buckets: tuple[Bucket, ...],
+        values: list[list[Array]],
+        updater: Updater,
+        flags: int,
+    ) -> None:
+        """Sum and update where the user's code may raise on one rank and not on another."""
         failure: BaseException | None = None
-        for bucket in buckets:
-            total = self._sum(bucket, values, flags)
-            if failure is not None:
-                continue  # the other ranks still wait for this rank's share of the sum
-            try:
+        try:
+            for bucket in buckets:
+                total = self._sum(bucket, values, flags)
+                if failure is None:  # else the others still wait for this rank's share of the sum
+                    failure = self._try_update(bucket, total, updater)
+            failed = self._agreement.confirm(_AFTER_UPDATE, _FAILED if failure else 0) & _FAILED
+            error = self._mend(push, updater, failure) if failed else None
+        except BaseException as error:
+            self._abort(push, error)
+            raise
+        if error is not None:
+            raise error
+
+    def _try_update(self, bucket: Bucket, total: Array, updater: Updater) -> BaseException | None:
+        try:
+            with self._agreement.held():
                 updater.begin(bucket)
                 updater.apply(bucket, 0, bucket.n_elements, total)
-            except BaseException as error:  # the user's own code: all must hear of sys.exit, too
-                failure = error
-        if self._agreement.confirm(_AFTER_UPDATE, _FAILED if failure else 0) & _FAILED:
-            self._mend(push, failure)
+        except BaseException as error:  # the user's own code: all must hear of sys.exit, too
+            return error
+        return None
+
+    def _abort(self, push: Push, error: BaseException) -> None:
+        """End the job: the others wait in a sum that this rank has left."""
+        said = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
+        self._transport.abort(f"{said} in the midst of {push.call.name}")
 
     def broadcast(self, entries: Sequence[Entry]) -> None:
         """Replace each rank's values by those of rank 0; neighbours as one array."""
@@ -159,7 +193,7 @@ class Engine:
 
     def _call(self, push: Push, updater: Updater) -> Call:
         """Add to a push what its updater does: ranks must not update in different ways."""
-        own = updater.digest()
+        own = updater.digest(push.buckets)
         if push is not self._last[0] or own != self._last[1]:
             items = (*push.call.items, updater.describe())
             self._last = push, own, Call(push.call.name, push.call.digest ^ own, items)
@@ -233,17 +267,18 @@ class Engine:
         for entry, position, start, stop in bucket.members:
             sum_in_order(values[position], packed[start:stop].reshape(entry.spec.shape))
 
-    def _mend(self, push: Push, failure: BaseException | None) -> None:
-        """Bring the replicas in step again after an updater has raised, and raise."""
+    def _mend(self, push: Push, updater: Updater, failure: BaseException | None) -> BaseException:
+        """Bring the replicas in step after an updater has raised, and say what to raise."""
         said = "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"
         reports = self._agreement.tell(said)
         failed = [rank for rank, text in enumerate(reports) if text]
         root = next((rank for rank, text in enumerate(reports) if not text), 0)
-        for entry in push.entries:
-            self._transport.broadcast(entry.flat, root)
+        for bucket in push.buckets:
+            for array in [*(m.entry.flat for m in bucket.members), *updater.states(bucket)]:
+                self._transport.broadcast(array, root)
         if failure is not None:
-            raise failure
-        raise UpdaterError(
+            return failure
+        return UpdaterError(
             f"the updater raised on {name_ranks(failed)} in {push.call.name} "
             f"({reports[failed[0]]}); all replicas hold the values of rank {root} now"
         )

@@ -7,14 +7,19 @@ program, in a thread, and the end of the process waits for them all at once.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable
 from typing import TypeAlias
 
+from .errors import text_of
+
 Steps: TypeAlias = Generator[None, None, Exception | None]
 
 _NAP_S = 1e-3
+
+may_use_threads = True
 
 _under_way: list[Steps] = []
 _lock = threading.Lock()
@@ -28,12 +33,17 @@ def begin(steps: Steps) -> None:
     ----------
     steps : generator
         As `Agreement.leave` gives it.
+
+    Notes
+    -----
+    Where MPI does not allow threads (see `may_use_threads`) the other steps are taken at
+    the next call of a store, and at the end of the process.
     """
     global _thread
     with _lock:
         _under_way.append(steps)
         _step()
-        if _under_way and (_thread is None or not _thread.is_alive()):
+        if may_use_threads and _under_way and (_thread is None or not _thread.is_alive()):
             _thread = threading.Thread(target=_run, name="kvcoll-farewell", daemon=True)
             _thread.start()
 
@@ -45,6 +55,13 @@ def finish(more: Iterable[Steps]) -> None:
         while _under_way:
             _step()
             time.sleep(0)
+
+
+def advance() -> None:
+    """Take one step of each farewell."""
+    with _lock:
+        _step()
+    time.sleep(_NAP_S / 10)
 
 
 def forget() -> None:
@@ -69,3 +86,6 @@ def _step() -> None:
             next(steps)
         except StopIteration:
             _under_way.remove(steps)
+        except Exception as error:  # of MPI: one lost farewell must not hold up the others
+            _under_way.remove(steps)
+            print(f"kvcoll: a store could not be left: {text_of(error)}", file=sys.stderr)

@@ -30,10 +30,14 @@ class Guard:
         self._unsaid: ThreadError | None = None
 
     def __enter__(self) -> None:
+        self.enter(is_collective=True)
+
+    def enter(self, *, is_collective: bool) -> None:
+        """Let a call in, or raise."""
         if self._one_thread:
             ident = threading.get_ident()
             if self._thread != ident:
-                self._take_thread(ident)
+                self._take_thread(ident, is_collective)
         self._lock.acquire()
         self._depth += 1
         if self.closed:
@@ -78,12 +82,38 @@ class Guard:
         self._depth -= 1
         self._lock.release()
 
-    def _take_thread(self, ident: int) -> None:
+    def _take_thread(self, ident: int, is_collective: bool) -> None:
         if self._thread is None:
             self._thread = ident
             return
-        self._unsaid = ThreadError(
+        error = ThreadError(
             "a distributed store is called from one thread of each rank, the one that "
             f"called it first: got a call from thread {threading.current_thread().name!r}"
         )
-        raise self._unsaid
+        if is_collective:  # the other ranks wait for it, and are told at the next call
+            self._unsaid = error
+        raise error
+
+
+@final
+class Reading:
+    """The same around calls that no other rank takes part in.
+
+    Parameters
+    ----------
+    guard : Guard
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._guard.enter(is_collective=False)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._guard.__exit__(kind, error, trace)

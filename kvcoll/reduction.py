@@ -7,7 +7,6 @@ what all hosts allow, and on nothing that one rank alone could see.
 from __future__ import annotations
 
 import platform
-import warnings
 from typing import TYPE_CHECKING
 
 from .topology import Topology
@@ -20,9 +19,10 @@ if TYPE_CHECKING:
 
 # Within a host a piece of the sum stays in cache; a wire wants longer ones.
 _PIECE_BYTES, _WIRE_PIECE_BYTES = 1 << 20, 8 << 20
+_WIRE_MEMORY_BYTES = 64 << 20  # of a host, a quarter of what the pieces of its ranks take
 # Where a core's writes are seen by others in their order, as HostTransport needs it.
 _ORDERED_MACHINES = ("x86_64", "AMD64")
-_NO_SHARED_MEMORY = (
+NO_SHARED_MEMORY = (
     "the ranks of this host cannot share memory (memfd_create, or /proc/<pid>/fd of another "
     "rank, is not allowed here): sums take MPI, which is slower for large arrays"
 )
@@ -51,27 +51,36 @@ def transport_for(comm: MPI.Intracomm, topology: Topology, *, tree: bool = False
     alone = topology.num_hosts == topology.size
     if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not _is_level(topology)):
         return flat
-    here = mpi.split(comm, topology.host)
+    here = mpi.split(comm, topology.host, topology.rank)
     flat.keep(here)
     size = len(topology.ranks_on(topology.host))
-    piece_bytes = _PIECE_BYTES if topology.num_hosts == 1 else _WIRE_PIECE_BYTES
+    piece_bytes = _PIECE_BYTES
+    if topology.num_hosts > 1:
+        largest = max(len(ranks) for ranks in topology.hosts)
+        piece_bytes = max(_PIECE_BYTES, min(_WIRE_PIECE_BYTES, _WIRE_MEMORY_BYTES // largest))
 
     def share(n_bytes: int) -> SharedMemory | None:
         return mpi.share_memory(here, n_bytes, everywhere=comm)
 
     memory = share(HostTransport.bytes_for(size, piece_bytes))
     if memory is None:
-        if topology.rank == 0:
-            warnings.warn(_NO_SHARED_MEMORY, RuntimeWarning, stacklevel=5)
         return flat
     across = None
     if topology.num_hosts > 1:
-        lane = mpi.split(comm, topology.local_rank)
+        lane = mpi.split(comm, topology.local_rank, topology.host)
         flat.keep(lane)
         if topology.local_rank < min(len(ranks) for ranks in topology.hosts):
             between = Topology(topology.host, tuple(range(topology.num_hosts)))
             across = mpi.MpiTransport(lane, between, tree=tree)
     return HostTransport(topology, memory, flat, across, share, tree=tree, piece_bytes=piece_bytes)
+
+
+def lacks_shared_memory(transport: Transport) -> bool:
+    """Say whether ranks share a host, but not its memory, as this machine should allow."""
+    topology = transport.topology
+    share_a_host = topology.num_hosts < topology.size
+    ordered = platform.machine() in _ORDERED_MACHINES
+    return share_a_host and ordered and not isinstance(transport, HostTransport)
 
 
 def _is_level(topology: Topology) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from . import farewell
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
-from .arrays import Array, as_array, as_output, fill_device, native, signature
+from .arrays import Array, as_array, as_output, fill_device, native, round_to, signature
 from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
 from .engine import Engine, Push
@@ -30,7 +30,7 @@ from .errors import (
     KeyNotFoundError,
     text_of,
 )
-from .guard import Guard
+from .guard import Guard, Reading
 from .replica import Entry, Replica
 from .schema import (
     Key,
@@ -107,6 +107,7 @@ class KVStore:
         self._own: dict[Key, Array] = {}  # what `empty` gave
         self._has_lent = False  # whether the user may hold stored values themselves
         self._guard = Guard(one_thread=one_thread)
+        self._reading = Reading(self._guard)
 
     # What the store is ------------------------------------------------------------
 
@@ -247,7 +248,7 @@ KeyKindError, ArrayError
 KeyKindError, ArrayError
             A mistake of this rank; raised here only, as nothing is sent.
         """
-        with self._guard:
+        with self._reading:
             plan = self._plan(key)
             if out is None:
                 new = [entry.value.copy() for entry in plan.given]
@@ -321,7 +322,7 @@ KeyKindError, ArrayError
         KeyNotFoundError, KeyKindError
             As in `pull`.
         """
-        with self._guard:
+        with self._reading:
             plan = self._plan(key)
             views = [entry.value.view() for entry in plan.given]
             for shown in views:
@@ -432,7 +433,7 @@ KeyKindError, ArrayError
             with self._checked("set_optimizer()"):
                 updater = Optimize(_as_optimizer(optimizer, arguments))
                 name = f"set_optimizer({updater.describe()})"
-                call = Call(name, digest("set_optimizer", updater.digest()))
+                call = Call(name, digest("set_optimizer", updater.digest(())))
             self._agreement.confirm(call)
             self._updater = updater
 
@@ -462,7 +463,8 @@ KeyKindError, ArrayError
         RanksDisagreeError, RankLeftError
             Other ranks still work with the store, or with another.
         """
-        if self._guard.closed:
+        if self._guard.closed or self._agreement.ended:
+            self._give_back()
             return
         with self._guard:
             with self._checked("close()"):
@@ -655,7 +657,10 @@ def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]
 
 def _fill(outputs: list[_Output]) -> None:
     for stored, host, device in outputs:
-        np.copyto(host, stored, casting="unsafe")  # the cast was checked
+        if host.dtype is stored.dtype:
+            np.copyto(host, stored)
+        else:
+            round_to(stored, host)  # the cast was checked
         if device is not None:
             fill_device(device, host)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .arrays import Array, wide
 from .bucket import Bucket, Member
+from .errors import ArgumentError
 from .optimizer.base import Optimizer, Step
 from .replica import Chunk
 from .schema import Key, digest
@@ -50,8 +51,15 @@ class Updater(ABC):
         """
 
     @abstractmethod
-    def digest(self) -> int:
-        """Digest what must be equal on all ranks, at each push."""
+    def digest(self, buckets: Sequence[Bucket]) -> int:
+        """Digest what must be equal on all ranks, before each push of these buckets.
+
+        What it digests is what `begin` and `apply` then go by.
+        """
+
+    @abstractmethod
+    def states(self, bucket: Bucket) -> list[Array]:
+        """Give what else than the values an update of a bucket has changed, as flat arrays."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -78,9 +86,13 @@ class Assign(Updater):
                 to = run.chunk_start - run.start
                 run.chunk.flat[to + low : to + high] = total[low - start : high - start]
 
-    def digest(self) -> int:
+    def digest(self, buckets: Sequence[Bucket]) -> int:
         """Give the same on every rank, always."""
         return 0
+
+    def states(self, bucket: Bucket) -> list[Array]:
+        """Nothing."""
+        return []
 
     def describe(self) -> str:
         """Say that there is none."""
@@ -108,9 +120,13 @@ class Custom(Updater):
             spec = entry.spec
             self._function(spec.key, total[low:high].reshape(spec.shape), entry.value)
 
-    def digest(self) -> int:
+    def digest(self, buckets: Sequence[Bucket]) -> int:
         """Tell it from the other kinds; functions themselves cannot be compared."""
         return 1
+
+    def states(self, bucket: Bucket) -> list[Array]:
+        """Nothing that is known."""
+        return []
 
     def describe(self) -> str:
         """Say that it is the user's."""
@@ -138,9 +154,9 @@ class Optimize(Updater):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        # Ours do not raise; a subclass or a schedule of the user's may.
-        own = type(optimizer).__module__.startswith("kvcoll.")
-        self.may_raise = not own or optimizer.lr_scheduler is not None
+        # Ours do not raise, and a schedule is asked before the ranks agree; a subclass may.
+        self.may_raise = not type(optimizer).__module__.startswith("kvcoll.")
+        self._agreed = (0.0, 0.0, 0)  # rate, decay and count of updates of the push under way
         self._states: dict[Chunk, list[Array]] = {}
         self._counts: dict[Key, int] = {}
         self._factors: dict[Key, tuple[float, float]] = {}
@@ -168,7 +184,8 @@ class Optimize(Updater):
 
     def begin(self, bucket: Bucket) -> None:
         """Count the update, and find which neighbours share their step."""
-        optimizer = self._optimizer
+        rate, decay, num_update = self._agreed
+        self._optimizer.num_update = num_update
         rates = self._rates(bucket.members)
         self._segments = []
         for run in bucket.runs:
@@ -177,7 +194,7 @@ class Optimize(Updater):
                 if number == run.last or rates[number] != rates[first]:
                     low, high = bucket.members[first].start, bucket.members[number - 1].stop
                     (lr_mult, wd_mult), count = rates[first]
-                    step = Step(optimizer.learning_rate * lr_mult, optimizer.wd * wd_mult, count)
+                    step = Step(rate * lr_mult, decay * wd_mult, count)
                     at = run.chunk_start + low - run.start
                     self._segments.append(_Segment(low, high, run.chunk, at, step))
                     first = number
@@ -193,21 +210,34 @@ class Optimize(Updater):
                 grad = total[low - start : high - start]
                 self._optimizer.update_flat(segment.chunk.flat[own], grad, states, segment.step)
 
-    def digest(self) -> int:
-        """Digest the settings that may be changed between pushes."""
-        numbers = self._optimizer.settings()
+    def digest(self, buckets: Sequence[Bucket]) -> int:
+        """Digest the settings, which may be changed between pushes, and the rate of this one."""
+        optimizer, counts = self._optimizer, self._counts
+        self._check_states(buckets)
+        newest = max((counts[m.entry.spec.key] + 1 for b in buckets for m in b.members), default=0)
+        num_update = max(optimizer.num_update, newest)
         try:
-            packed = struct.pack(f"<{len(numbers)}d", *numbers)
-        except struct.error:
-            name = type(self._optimizer).__name__
-            raise TypeError(f"the settings of {name} must be numbers, got {numbers}") from None
-        words = struct.unpack(f"<{len(numbers)}Q", packed)
-        if self._version != self._optimizer.version:
+            rate = optimizer.rate_at(num_update) if buckets else optimizer.learning_rate
+            numbers = [rate, float(num_update), *map(float, optimizer.settings()[1:])]
+        except ValueError as error:
+            raise TypeError(
+                f"the settings of {type(optimizer).__name__} must be numbers: {error}"
+            ) from None
+        self._agreed = numbers[0], numbers[2], num_update
+        if self._version != optimizer.version:
             self._forget_factors()
         mixed = self._name_digest
-        for word in words:
+        for word in struct.unpack(f"<{len(numbers)}Q", struct.pack(f"<{len(numbers)}d", *numbers)):
             mixed = (mixed ^ word) * 0x9E3779B97F4A7C15 % 2**64
         return mixed
+
+    def states(self, bucket: Bucket) -> list[Array]:
+        """Give the states of the bucket's keys."""
+        return [
+            state[run.chunk_start : run.chunk_start + run.stop - run.start]
+            for run in bucket.runs
+            for state in self._states[run.chunk]
+        ]
 
     def describe(self) -> str:
         """Name the optimizer and its settings."""
@@ -229,5 +259,13 @@ class Optimize(Updater):
             if key not in factors:
                 factors[key] = optimizer.multipliers(key)
             rates.append((factors[key], count))
-        optimizer.num_update = max(optimizer.num_update, max(count for _, count in rates))
         return rates
+
+    def _check_states(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            n = self._optimizer.n_states(bucket.dtype)
+            if any(len(self._states[run.chunk]) != n for run in bucket.runs):
+                raise ArgumentError(
+                    f"momentum and multi_precision of {type(self._optimizer).__name__} cannot be "
+                    "turned on or off once it has updated keys: call set_optimizer with a new one"
+                )

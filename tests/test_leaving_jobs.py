@@ -274,3 +274,46 @@ say("done", kv.pull(3)[0])
     job = run(mpirun, tmp_path, 2, body)
     assert job.returncode == 0, job.stderr
     assert lines(job, 0) == lines(job, 1) == ["done 2.0"]
+
+
+def test_a_rank_that_ends_between_two_stores_is_named_by_create(mpirun: RunJob) -> None:
+    program = """
+import sys
+import kvcoll
+with kvcoll.create("dist_sync"):
+    pass
+if kvcoll.create("local").rank == 0:
+    from mpi4py import MPI
+    if MPI.COMM_WORLD.rank == 1:
+        sys.exit()
+try:
+    kvcoll.create("dist_sync")
+except kvcoll.errors.RankLeftError as error:
+    print("told:", error)
+"""
+    job = mpirun(2, "-c", program)
+    assert not job.timed_out
+    assert "told: rank 1 left the store, while rank 0 called create(" in job.stdout
+
+
+def test_an_interrupt_in_the_midst_of_a_push_ends_the_job_and_is_named(mpirun: RunJob) -> None:
+    program = """
+import signal, time
+import numpy as np
+import kvcoll
+def stop(*_):
+    raise KeyboardInterrupt
+kv = kvcoll.create("dist_sync")
+kv.init(3, np.zeros(1_000_000))
+if kv.rank == 1:
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+else:
+    time.sleep(0.8)
+for _ in range(100):
+    kv.push(3, np.ones(1_000_000))
+"""
+    job = mpirun(2, "-c", program)
+    assert not job.timed_out
+    assert job.returncode != 0
+    assert "kvcoll: rank 1 of 2: KeyboardInterrupt in the midst of push(3" in job.stderr

@@ -22,9 +22,9 @@ KEYS = list(SHAPES)
 
 def value(key: int, rank: int, dtype: Any = np.float32) -> Array:
     """Give what a rank pushes to a key: small whole numbers, so that sums are exact."""
-    return (np.arange(np.prod(SHAPES[key])).reshape(SHAPES[key]) % 7 + 10 * key + rank).astype(
-        dtype
-    )
+    counted: Array = np.arange(np.prod(SHAPES[key])).reshape(SHAPES[key])
+    pushed: Array = (counted % 7 + 10 * key + rank).astype(dtype)
+    return pushed
 
 
 def total(key: int, size: int, dtype: Any = np.float32) -> Array:

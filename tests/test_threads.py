@@ -142,7 +142,6 @@ def test_a_store_may_be_closed_by_another_thread(local: KVStore) -> None:
 
 CALLS: dict[str, Callable[[KVStore], object]] = {
     "push": lambda kv: kv.push(3, f32(1, 1)),
-    "pull": lambda kv: kv.pull(3),
     "pushpull": lambda kv: kv.pushpull(3, f32(1, 1)),
     "init": lambda kv: kv.init(4, f32(1)),
     "barrier": lambda kv: kv.barrier(),
@@ -217,3 +216,32 @@ def test_an_updater_that_pushes_in_a_local_store_gets_an_error(local: KVStore) -
     with pytest.raises(ThreadError, match="an updater may pull, but must not"):
         local.push(1, f32(1))
     np.testing.assert_array_equal(local.pull(2), f32(2))
+
+
+@pytest.mark.parametrize(
+    "call", [lambda kv: kv.pull(3), lambda kv: kv.view(3)], ids=["pull", "view"]
+)
+def test_a_second_thread_that_reads_is_refused_there_only(
+    dist: KVStore, call: Callable[[KVStore], object]
+) -> None:
+    if dist.rank == dist.num_workers - 1:
+        assert type(in_another_thread(lambda: call(dist))) is ThreadError
+    dist.push(3, f32(5, 6))
+    np.testing.assert_array_equal(dist.pull(3), f32(5, 6) * dist.num_workers)
+
+
+def test_two_local_stores_share_an_optimizer_in_two_threads() -> None:
+    sgd = kvcoll.optimizer.SGD(learning_rate=1.0, clip_gradient=1e9)
+    stores = [kvcoll.create("local") for _ in range(2)]
+    for kv in stores:
+        kv.init(0, np.zeros(300_000, np.float32))
+        kv.set_optimizer(sgd)
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            stores[number].push(0, np.full(300_000, 10.0**number, np.float32))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    for number, kv in enumerate(stores):
+        assert set(kv.pull(0).tolist()) == {-25 * 10.0**number}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from transport_contract import SMALL_FLOATS, Array, DType, TransportContract
 
+import kvcoll
 from kvcoll import reduction
 from kvcoll.topology import Topology
 from kvcoll.transport import mpi
@@ -112,6 +113,15 @@ class TestUnequalHosts(ThroughMemory):
 
 
 @pytest.mark.ranks(exactly=4)
+class TestHostsInAnotherOrderOnEachLane(ThroughMemory):
+    """Of the second ranks of the hosts, the first is on the second host."""
+
+    hosts = {4: (0, 1, 1, 0)}  # noqa: RUF012
+    piece_bytes = 64 << 10
+    edges_bytes = (70 << 10,)
+
+
+@pytest.mark.ranks(exactly=4)
 class TestHostsOfTwoInATree(ThroughMemory):
     hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012
     piece_bytes = 64 << 10
@@ -132,7 +142,7 @@ def test_a_tree_over_ranks_that_are_placed_in_turns_is_taken_flat(comm: MPI.Intr
 
 
 @pytest.mark.ranks(at_least=2)
-def test_without_shared_memory_sums_take_mpi_and_say_so_once(
+def test_without_shared_memory_sums_take_mpi(
     comm: MPI.Intracomm, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
@@ -144,11 +154,8 @@ def test_without_shared_memory_sums_take_mpi_and_say_so_once(
             if rank == where:
                 patched.setattr(f"os.{attribute}", refuse)
             own = mpi.duplicate(comm, 30)
-            if rank == 0:
-                with pytest.warns(RuntimeWarning, match="cannot share memory"):
-                    made = reduction.transport_for(own, mpi.topology_of(own))
-            else:
-                made = reduction.transport_for(own, mpi.topology_of(own))
+            made = reduction.transport_for(own, mpi.topology_of(own))
+        assert reduction.lacks_shared_memory(made)
         assert isinstance(made, mpi.MpiTransport)
         total = np.full(100_000, rank + 1, np.float32)
         made.all_reduce(total, total)
@@ -172,3 +179,23 @@ def test_counters_wait_for_every_rank_also_where_cores_are_few() -> None:
         ranks[rank].raise_one()
     ranks[0].await_all()
     assert raw.view(np.int64)[::8].tolist() == [1, 1, 1]
+
+
+@pytest.mark.ranks(at_least=2)
+def test_a_store_says_once_that_its_ranks_cannot_share_memory(
+    comm: MPI.Intracomm, rank: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError("not allowed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.memfd_create", refuse)
+        if rank == 0:
+            with pytest.warns(RuntimeWarning, match="cannot share memory"):
+                kv = kvcoll.create("dist_sync")
+        else:
+            kv = kvcoll.create("dist_sync")
+    kv.init(3, np.zeros(20_000))
+    kv.push(3, np.full(20_000, rank + 1.0))
+    assert (kv.pull(3) == size * (size + 1) / 2).all()
+    kv.close()

@@ -9,6 +9,7 @@ from typing import final
 import numpy as np
 
 from ..arrays import Array
+from ..errors import ArgumentError
 from ..schema import Key
 from .base import Optimizer, Scheduler, Step
 
@@ -56,6 +57,11 @@ begin_num_update
             param_idx2name=param_idx2name,
             begin_num_update=begin_num_update,
         )
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= beta < 1:
+                raise ArgumentError(f"{name} must be at least 0 and below 1, got {beta}")
+        if not epsilon > 0:
+            raise ArgumentError(f"epsilon must be above 0, got {epsilon}")
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon
@@ -70,17 +76,18 @@ begin_num_update
         self, weight: Array, grad: Array, state: list[Array], scratch: list[Array], step: Step
     ) -> None:
         mean, variance = state
+        beta1, beta2, epsilon = float(self.beta1), float(self.beta2), float(self.epsilon)
         g, a = self._gradient(weight, grad, scratch, step.wd), scratch[1]
-        np.multiply(mean, self.beta1, out=mean)
-        np.multiply(g, 1 - self.beta1, out=a)
+        np.multiply(mean, beta1, out=mean)
+        np.multiply(g, 1 - beta1, out=a)
         np.add(mean, a, out=mean)
-        np.multiply(variance, self.beta2, out=variance)
+        np.multiply(variance, beta2, out=variance)
         np.multiply(g, g, out=a)  # not into g, which may be the sum itself
-        np.multiply(a, 1 - self.beta2, out=a)
+        np.multiply(a, 1 - beta2, out=a)
         np.add(variance, a, out=variance)
         np.sqrt(variance, out=a)
-        np.add(a, self.epsilon, out=a)
+        np.add(a, epsilon, out=a)
         np.divide(mean, a, out=a)
-        corrected = math.sqrt(1 - self.beta2**step.count) / (1 - self.beta1**step.count)
+        corrected = math.sqrt(1 - beta2**step.count) / (1 - beta1**step.count)
         np.multiply(a, step.lr * corrected, out=a)
         np.subtract(weight, a, out=weight)

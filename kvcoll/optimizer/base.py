@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 
 import numpy as np
 
@@ -87,13 +88,17 @@ class Optimizer(ABC):
         self._names = dict(param_idx2name or {})
         self._lr_mult: dict[Key, float] = {}
         self._wd_mult: dict[Key, float] = {}
-        self._scratch: dict[DType, list[Array]] = {}
+        self._scratch: dict[tuple[DType, int], list[Array]] = {}  # by thread
         self.set_wd_mult({})
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next update, before a key's own multiplier."""
-        return self.lr if self.lr_scheduler is None else self.lr_scheduler(self.num_update)
+        return self.rate_at(self.num_update)
+
+    def rate_at(self, num_update: int) -> float:
+        """Give the learning rate after so many updates."""
+        return float(self.lr if self.lr_scheduler is None else self.lr_scheduler(num_update))
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate from the next push on; all ranks must set the same.
@@ -190,7 +195,7 @@ class Optimizer(ABC):
         self._counts[key] = count
         self.num_update = max(self.num_update, count)
         lr_mult, wd_mult = self.multipliers(key)
-        step = Step(self.learning_rate * lr_mult, self.wd * wd_mult, count)
+        step = Step(self.learning_rate * lr_mult, float(self.wd) * wd_mult, count)
         flat = [array.reshape(-1) for array in state]
         self.update_flat(weight.reshape(-1), grad.reshape(-1), flat, step)
 
@@ -204,18 +209,18 @@ class Optimizer(ABC):
             As many as `state_dtypes` says.
         step : Step
         """
-        dtype = wide(weight.dtype)
-        if dtype not in self._scratch:
-            self.reserve(weight.dtype)
+        self.reserve(weight.dtype)
         for start in range(0, weight.size, PIECE_ELEMENTS):
             piece = slice(start, start + PIECE_ELEMENTS)
-            self._update_piece(weight[piece], grad[piece], [array[piece] for array in state], step)
+            states = [array[piece] for array in state]
+            with np.errstate(all="ignore"):  # nothing may raise on one rank alone
+                self._update_piece(weight[piece], grad[piece], states, step)
 
     def reserve(self, dtype: DType) -> None:
         """Take the scratch memory that updates of keys of a dtype need."""
-        own = wide(dtype)
+        own = wide(dtype), get_ident()
         if own not in self._scratch:
-            self._scratch[own] = [np.empty(PIECE_ELEMENTS, own) for _ in range(_N_SCRATCH + 2)]
+            self._scratch[own] = [np.empty(PIECE_ELEMENTS, own[0]) for _ in range(_N_SCRATCH + 2)]
 
     def keeps_master(self, dtype: DType) -> bool:
         """Say whether keys of a dtype have a float32 master copy, the last of their states."""
@@ -229,7 +234,9 @@ class Optimizer(ABC):
         """Give the factors of a key for the learning rate and for the weight decay."""
         name = self._names.get(key, key)
         lr_mult = self._lr_mult.get(key, self._lr_mult.get(name, 1.0))
-        return lr_mult, self._wd_mult.get(key, self._wd_mult.get(name, 1.0))
+        wd_mult = self._wd_mult.get(key, self._wd_mult.get(name, 1.0))
+        # Python's own floats: NumPy's would widen the arithmetic of float32 keys.
+        return float(lr_mult), float(wd_mult)
 
     def check(self, spec: Spec) -> None:
         """Raise unless keys like this can be updated.
@@ -245,10 +252,9 @@ class Optimizer(ABC):
                 "use an updater of your own (set_updater) for this key"
             )
 
-    @np.errstate(all="ignore")  # nothing may raise on one rank alone
     def _update_piece(self, weight: Array, grad: Array, state: list[Array], step: Step) -> None:
         dtype = wide(weight.dtype)
-        scratch = [array[: weight.size] for array in self._scratch[dtype]]
+        scratch = [array[: weight.size] for array in self._scratch[dtype, get_ident()]]
         if weight.dtype == dtype:
             self._step(weight, grad, state, scratch, step)
             return
@@ -269,7 +275,7 @@ class Optimizer(ABC):
         Not a pass over memory more than the settings ask for.
         """
         own = scratch[0]
-        rescale = self.rescale_grad
+        rescale = float(self.rescale_grad)
         if self.clip_gradient is None:
             rescale *= factor
             if rescale == 1.0 and not wd:
@@ -277,7 +283,8 @@ class Optimizer(ABC):
             np.multiply(grad, rescale, out=own)
         else:
             np.multiply(grad, rescale, out=own)
-            np.clip(own, -self.clip_gradient, self.clip_gradient, out=own)
+            clip = float(self.clip_gradient)
+            np.clip(own, -clip, clip, out=own)
             if factor != 1.0:
                 np.multiply(own, factor, out=own)
         if wd:

@@ -66,6 +66,6 @@ param_idx2name, begin_num_update
             np.subtract(weight, g, out=weight)
             return
         momentum = state[0]
-        np.multiply(momentum, self.momentum, out=momentum)
+        np.multiply(momentum, float(self.momentum), out=momentum)
         np.subtract(momentum, g, out=momentum)
         np.add(weight, momentum, out=weight)

@@ -42,5 +42,8 @@ class AloneTransport(Transport):
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Do nothing: the root is this rank."""
 
+    def abort(self, why: str) -> None:
+        """Do nothing: nobody waits."""
+
     def close(self) -> None:
         """Do nothing: nothing is held."""

@@ -102,6 +102,13 @@ class Transport(ABC):
         """Copy the contiguous array of rank `root` into that of every rank."""
 
     @abstractmethod
+    def abort(self, why: str) -> None:
+        """End the job, as this rank cannot end a sum that the others wait for.
+
+        Returns only where there are no others.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what the transport holds; called by all ranks, or by none."""
 

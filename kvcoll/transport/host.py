@@ -220,6 +220,10 @@ class HostTransport(Transport):
         """Leave it to the transport beside."""
         self._beside.broadcast(buffer, root)
 
+    def abort(self, why: str) -> None:
+        """Leave it to the transport beside."""
+        self._beside.abort(why)
+
     def close(self) -> None:
         """Close the transport beside; the memory goes when its last array does."""
         self._beside.close()

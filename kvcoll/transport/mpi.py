@@ -7,9 +7,10 @@ works under every MPI and the order of a sum is ours, not the library's.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
 
@@ -67,6 +68,12 @@ def default_communicator() -> MPI.Intracomm:
     world: MPI.Intracomm = mpi.COMM_WORLD
     check_launcher(world.size, mpi.Get_library_version().split(",")[0].splitlines()[0])
     return world
+
+
+def allows_threads() -> bool:
+    """Say whether several threads may call MPI at once (MPI_THREAD_MULTIPLE)."""
+    mpi = import_mpi()
+    return bool(mpi.Query_thread() == mpi.THREAD_MULTIPLE)
 
 
 def is_world(comm: object) -> bool:
@@ -127,9 +134,9 @@ def topology_of(comm: MPI.Intracomm) -> Topology:
     return Topology.of_leaders(comm.rank, leaders.tolist())
 
 
-def split(comm: MPI.Intracomm, color: int) -> MPI.Intracomm:
-    """Make a communicator of the ranks that give the same number (MPI_Comm_split)."""
-    part: Any = comm.Split(color, comm.rank)
+def split(comm: MPI.Intracomm, color: int, key: int) -> MPI.Intracomm:
+    """Make a communicator of the ranks of one color, in the order of keys (MPI_Comm_split)."""
+    part: Any = comm.Split(color, key)
     part.Set_errhandler(import_mpi().ERRORS_RETURN)
     own: MPI.Intracomm = part
     return own
@@ -252,6 +259,13 @@ class MpiTransport(Transport):
         raw = buffer.view(np.uint8)
         for start in range(0, raw.size, self._message_bytes):
             self._comm.Bcast([raw[start : start + self._message_bytes], self._byte], root)
+
+    def abort(self, why: str) -> NoReturn:
+        """Say why on stderr, and end the job (MPI_Abort)."""
+        where = f"rank {self.topology.rank} of {self.topology.size}"
+        print(f"kvcoll: {where}: {why}: the job ends", file=sys.stderr, flush=True)
+        self._comm.Abort(1)
+        raise SystemExit(1)
 
     def close(self) -> None:
         """Free the communicators (MPI_Comm_free, collective)."""
