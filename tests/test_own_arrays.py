@@ -29,7 +29,8 @@ def value(key: int, rank: int, dtype: Any = np.float32) -> Array:
 
 def total(key: int, size: int, dtype: Any = np.float32) -> Array:
     sums = [value(key, rank, np.float64) for rank in range(size)]
-    return np.sum(sums, axis=0).astype(dtype)
+    summed: Array = np.sum(sums, axis=0).astype(dtype)
+    return summed
 
 
 def init(kv: KVStore, dtype: Any = np.float32) -> None:

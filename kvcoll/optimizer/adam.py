@@ -60,8 +60,8 @@ begin_num_update
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= beta < 1:
                 raise ArgumentError(f"{name} must be at least 0 and below 1, got {beta}")
-        if not epsilon > 0:
-            raise ArgumentError(f"epsilon must be above 0, got {epsilon}")
+        if not epsilon >= 0:
+            raise ArgumentError(f"epsilon must not be below 0, got {epsilon}")
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon
