@@ -102,10 +102,6 @@ class _Link:
     topology: Topology
     ranks: AcrossRanks
 
-    def has_open_store(self) -> bool:
-        """Say whether its communicator is still there."""
-        return self.ranks.has_open_store
-
 
 _links: list[_Link] = []
 _world: list[_Link] = []  # that of COMM_WORLD, once it is there
@@ -119,7 +115,7 @@ def _distributed(kind: str, comm: Any, reproducible: bool, limit_s: float) -> KV
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
     words = f"reproducible={bool(reproducible)}"
     call = Call(f"create('dist_sync', {words})", digest("create", words, *_VERSIONS))
-    link.ranks.confirm(call, 0)
+    link.ranks.confirm(call)
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
         transport = transport_for(own, link.topology, tree=bool(reproducible))
@@ -161,7 +157,7 @@ def _leave_all() -> None:
     error = vars(sys).get("last_value")  # what ended the program, if an exception did
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
-    in_use = [link for link in _links if link in _world or link.has_open_store()]
+    in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
     farewell.finish([link.ranks.leave(why) for link in in_use if not link.ranks.ended])
 
 

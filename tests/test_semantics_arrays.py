@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -20,14 +19,6 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = [np.dtype(letter) for letter in FLOATS + INTEGERS] + [BF16]
 SHAPES = [(), (0,), (1,), (3, 0, 2), (0, 0), (2, 3), (1, 1, 1, 1), (5, 4, 3)]
-
-
-@pytest.fixture(params=["local", "dist_sync"])
-def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
-    if request.param.startswith("dist"):
-        request.getfixturevalue("comm")
-    with kvcoll.create(request.param) as store:
-        yield store
 
 
 def numbers(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:

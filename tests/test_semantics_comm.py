@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,6 @@ from kvcoll import KVStore
 from kvcoll.errors import StoreClosedError
 
 Array = npt.NDArray[Any]
-
-
-@pytest.fixture(params=["local", "dist_sync"])
-def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
-    if request.param.startswith("dist"):
-        request.getfixturevalue("comm")
-    with kvcoll.create(request.param) as store:
-        yield store
 
 
 def f32(*numbers: float) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from enum import Enum, IntEnum
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import kvcoll
 from kvcoll import KVStore
 from kvcoll.errors import KeyExistsError, KeyKindError, KeyNotFoundError, KVCollError
 
@@ -24,14 +22,6 @@ class Part(str, Enum):
 
 class Number(IntEnum):
     FIVE = 5
-
-
-@pytest.fixture(params=["local", "dist_sync"])
-def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
-    if request.param.startswith("dist"):
-        request.getfixturevalue("comm")
-    with kvcoll.create(request.param) as store:
-        yield store
 
 
 def f32(*numbers: float) -> Array:

@@ -22,14 +22,6 @@ F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 SIZES = [1, 7, 1000, 4097, 8193, 40_000, 300_001]
 
 
-@pytest.fixture(params=["local", "dist_sync"])
-def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
-    if request.param.startswith("dist"):
-        request.getfixturevalue("comm")
-    with kvcoll.create(request.param) as store:
-        yield store
-
-
 @pytest.fixture
 def dist(comm: object) -> Iterator[KVStore]:
     with kvcoll.create("dist_sync") as store:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-import kvcoll
 from kvcoll import KVStore, optimizer
 
 Array = npt.NDArray[Any]
-
-
-@pytest.fixture(params=["local", "dist_sync"])
-def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
-    if request.param.startswith("dist"):
-        request.getfixturevalue("comm")
-    with kvcoll.create(request.param) as store:
-        yield store
 
 
 def f32(*numbers: float) -> Array:
