@@ -14,7 +14,7 @@ import numpy as np
 from . import farewell
 from ._version import __version__
 from .agreement import AcrossRanks, Alone, Call
-from .errors import ArgumentError, text_of
+from .errors import ArgumentError, ThreadError, text_of
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
 from .store import KVStore
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
 _DISTRIBUTED = ("dist", "dist_sync")
 _CREATE_LIMIT_S = 300.0
+_ALWAYS = "always"
+_NEEDS_THREADS = (
+    "overlap needs an MPI that several threads may call (MPI_THREAD_MULTIPLE): leave "
+    "mpi4py.rc.thread_level as it is before mpi4py.MPI is imported, or leave overlap out"
+)
 # Replicas would differ by bits if the ranks ran other versions.
 _VERSIONS = (__version__, np.__version__)
 _CREATED = Call("the end of create()", digest("created"))
@@ -37,6 +42,7 @@ def create(
     *,
     comm: Any = None,
     reproducible: bool = False,
+    overlap: bool | str = False,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore:
     """Make a key-value store.
@@ -52,6 +58,13 @@ def create(
     reproducible : bool, default False
         Take sums over ranks by a fixed binary tree on the ranks, so that they are the
         same bits whatever the placement of ranks on hosts.
+    overlap : bool or 'always', default False
+        Let a push return as soon as its values are packed; sums and updates run behind it,
+        in one order on all ranks, and a pull waits for its keys only. On one host, where
+        there is no wire to wait for and a thread would take the core that the sums need,
+        a push is complete when it returns, unless this is ``'always'``. So it is with an
+        updater of the user's own. What it takes: memory of the size of the gradients, and
+        an MPI that allows several threads (MPI_THREAD_MULTIPLE).
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -67,6 +80,8 @@ def create(
         A distributed store, and mpi4py or an MPI library is not installed.
     LaunchError
         The job was started by the launcher of another MPI.
+    ThreadError
+        `overlap`, and MPI was not started for several threads.
     RanksDisagreeError
         The ranks create different stores, or not all of them come in time.
 
@@ -83,12 +98,15 @@ def create(
         raise ArgumentError(f"unknown type of store {name!r}: known are {known}")
     if not isinstance(reproducible, (bool, np.bool_)):
         raise TypeError(f"reproducible is a bool, got {reproducible!r}")
+    if overlap != _ALWAYS and not isinstance(overlap, (bool, np.bool_)):
+        raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
     if not isinstance(create_limit_s, (int, float)) or not create_limit_s > 0:
         raise ArgumentError(
             f"create_limit_s is a number of seconds above 0, got {create_limit_s!r}"
         )
     if kind in _DISTRIBUTED:
-        return _distributed(kind, comm, reproducible, create_limit_s)
+        options = _Options(bool(reproducible), overlap if overlap == _ALWAYS else bool(overlap))
+        return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
@@ -108,24 +126,44 @@ _world: list[_Link] = []  # that of COMM_WORLD, once it is there
 _open_stores: list[KVStore] = []  # held until they are closed, since others wait for them
 
 
-def _distributed(kind: str, comm: Any, reproducible: bool, limit_s: float) -> KVStore:
+@dataclass(frozen=True)
+class _Options:
+    """What must be the same on all ranks."""
+
+    reproducible: bool
+    overlap: bool | str
+
+    def __str__(self) -> str:
+        overlap = f", overlap={self.overlap!r}" if self.overlap else ""
+        return f"reproducible={self.reproducible}{overlap}"
+
+    def overlaps_on(self, topology: Topology) -> bool:
+        """Say whether pushes run behind their callers."""
+        return self.overlap == _ALWAYS or (bool(self.overlap) and topology.num_hosts > 1)
+
+
+def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVStore:
     from .transport import mpi
 
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
-    words = f"reproducible={bool(reproducible)}"
+    words = str(options)
     call = Call(f"create('dist_sync', {words})", digest("create", words, *_VERSIONS))
+    overlap = options.overlaps_on(link.topology)
+    if overlap and not mpi.allows_threads():
+        link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
     link.ranks.confirm(call)
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
-        transport = transport_for(own, link.topology, tree=bool(reproducible))
-        store = KVStore(kind, transport, link.ranks.of_store(), one_thread=True)
+        transport = transport_for(own, link.topology, tree=options.reproducible)
+        agreement = link.ranks.of_store()
+        store = KVStore(kind, transport, agreement, one_thread=True, overlap=overlap)
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
     _open_stores[:] = [other for other in _open_stores if not other.closed]
     _open_stores.append(store)
-    if lacks_shared_memory(transport) and not reproducible and transport.topology.rank == 0:
+    if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
@@ -154,6 +192,8 @@ def _world_link(world: MPI.Intracomm, limit_s: float) -> _Link:
 @atexit.register
 def _leave_all() -> None:
     """Leave the stores that are open, all at once, so that no rank waits for this one."""
+    for store in _open_stores:
+        store._finish_pushes()
     error = vars(sys).get("last_value")  # what ended the program, if an exception did
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.

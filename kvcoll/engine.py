@@ -1,13 +1,15 @@
-"""How a push runs: agree, pack, sum over the ranks, update.
+"""How a push runs: agree, pack, sum over the ranks, update; the last two maybe later.
 
 Rules of the file: what it gets has been checked; memory is taken before the ranks
 agree, so that nothing can fail on one rank alone once the others wait for it; the
-user's updater is the one exception, and the ranks agree once more after it.
+user's updater is the one exception, and the ranks agree once more after it. While sums
+wait in the backlog, its thread alone uses the transport: who else needs it drains first.
+A key has one sum at most in the backlog.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -15,10 +17,14 @@ from typing import final
 import numpy as np
 
 from .agreement import Agreement, Call, name_ranks
-from .arrays import Array, DType, sum_in_order
+from .arrays import Array, DType
+from .backlog import Backlog, Job
 from .bucket import Bucket
 from .errors import UpdaterError, text_of
+from .packing import pack_into, wants_wide
 from .replica import Chunk, Entry
+from .schema import Key
+from .slots import Slots
 from .transport.contract import Sink, Transport, Window
 from .updater import Updater
 
@@ -46,11 +52,29 @@ class Push:
 
 @final
 class Engine:
-    """Runs the calls of one store on one transport."""
+    """Runs the calls of one store on one transport.
 
-    def __init__(self, transport: Transport, agreement: Agreement) -> None:
+    Parameters
+    ----------
+    transport : Transport
+    agreement : Agreement
+    overlap : bool, default False
+        Whether a push returns once its values are packed. The transport is used by
+        another thread then.
+    """
+
+    def __init__(
+        self, transport: Transport, agreement: Agreement, *, overlap: bool = False
+    ) -> None:
         self._transport = transport
         self._agreement = agreement
+        self._backlog: Backlog | None = None
+        if overlap:
+            leads = transport.topology.rank == 0
+            self._backlog = Backlog(leads=leads, agree=self._from_rank_0, failed=self._abort_behind)
+        self._slots = Slots()
+        self._waiting: dict[Key, Job] = {}
+        self._n_jobs = 0
         self._scratch: dict[DType, Array] = {}
         self._windows: dict[Chunk, Window] = {}
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
@@ -62,7 +86,25 @@ class Engine:
         """
         if push.ready_for is not updater:
             self._take_memory(push, updater)
+        if self._backlog is not None:
+            if updater.may_raise:
+                self.drain()
+            else:
+                self.wait(push.entries)
+                self._slots.reserve(_slot_bytes(bucket) for bucket in push.buckets)
         return self._call(push, updater)
+
+    def wait(self, entries: Iterable[Entry]) -> None:
+        """Wait until no sum of these keys is in the backlog."""
+        if self._backlog is not None and self._waiting:
+            keys = [entry.spec.key for entry in entries]
+            self._backlog.wait(self._waiting[key] for key in keys if key in self._waiting)
+
+    def drain(self) -> None:
+        """Wait until the backlog is empty."""
+        if self._backlog is not None:
+            self._backlog.drain()
+            self._waiting.clear()
 
     def copy_lent(self, push: Push, values: list[list[Array]]) -> None:
         """Copy what lies in the store's own memory, which an updater has seen and kept."""
@@ -105,6 +147,7 @@ class Engine:
         call: Call,
         *,
         plain: bool = True,
+        priority: int = 0,
     ) -> None:
         """Sum the values of each key, over the ranks too, and update the stored ones.
 
@@ -118,9 +161,11 @@ class Engine:
             What `reserve` gave.
         plain : bool
             Whether any of the values is not the array that `open_windows` gave for the key.
+        priority : int
+            Of two pushes in the backlog that with the higher one is summed first.
         """
         flags = _PLAIN if plain else 0
-        if push.has_small_floats and _wants_wide(push.entries, values):
+        if push.has_small_floats and wants_wide(push.entries, values):
             flags |= _WIDE
         try:
             flags = self._agreement.confirm(call, flags)
@@ -132,11 +177,51 @@ class Engine:
             self._push_guarded(push, buckets, values, updater, flags)
             return
         try:
-            for bucket in buckets:
-                self._run(bucket, values, updater, flags)
+            if self._backlog is None:
+                for bucket in buckets:
+                    self._run(bucket, values, updater, flags)
+            else:
+                self._push_behind(self._backlog, push, values, updater, flags, priority)
         except BaseException as error:
             self._abort(push, error)
             raise
+
+    def _push_behind(
+        self,
+        backlog: Backlog,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        flags: int,
+        priority: int,
+    ) -> None:
+        """Pack the values, and leave their sums to the backlog."""
+        for bucket in push.buckets:
+            slot = self._slots.take(_slot_bytes(bucket))
+            dtype = bucket.wide_dtype if flags & _WIDE else bucket.dtype
+            source = slot[: bucket.n_elements * dtype.itemsize].view(dtype)
+            pack_into(bucket, values, source)
+            job = Job(
+                self._n_jobs,
+                priority,
+                partial(self._sum_behind, bucket, slot, source, updater.begin(bucket)),
+            )
+            self._n_jobs += 1
+            backlog.add(job)
+            self._waiting.update((member.entry.spec.key, job) for member in bucket.members)
+
+    def _sum_behind(self, bucket: Bucket, slot: Array, source: Array, sink: Sink) -> None:
+        if bucket.n_elements:
+            self._transport.all_reduce_pieces(source, bucket.dtype, sink)
+        self._slots.give_back(_slot_bytes(bucket), slot)
+
+    def _from_rank_0(self, number: int) -> int:
+        told = np.array([number], np.int64)
+        self._transport.broadcast(told)
+        return int(told[0])
+
+    def _abort_behind(self, error: BaseException) -> None:
+        self._abort_in("a push that runs behind its caller", error)
 
     def _push_guarded(
         self,
@@ -164,16 +249,18 @@ class Engine:
     def _try_update(self, bucket: Bucket, total: Array, updater: Updater) -> BaseException | None:
         try:
             with self._agreement.held():
-                updater.begin(bucket)
-                updater.apply(bucket, 0, bucket.n_elements, total)
+                updater.begin(bucket)(0, bucket.n_elements, total)
         except BaseException as error:  # the user's own code: all must hear of sys.exit, too
             return error
         return None
 
     def _abort(self, push: Push, error: BaseException) -> None:
         """End the job: the others wait in a sum that this rank has left."""
+        self._abort_in(push.call.name, error)
+
+    def _abort_in(self, call_name: str, error: BaseException) -> None:
         said = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
-        self._transport.abort(f"{said} in the midst of {push.call.name}")
+        self._transport.abort(f"{said} in the midst of {call_name}")
 
     def broadcast(self, entries: Sequence[Entry]) -> None:
         """Replace each rank's values by those of rank 0; neighbours as one array."""
@@ -187,7 +274,10 @@ class Engine:
             entries = entries[n:]
 
     def close(self) -> None:
-        """Let go of all memory."""
+        """Let go of all memory, once the backlog is empty."""
+        if self._backlog is not None:
+            self._backlog.stop()
+        self._waiting.clear()
         self._windows.clear()
         self._scratch.clear()
 
@@ -211,8 +301,7 @@ class Engine:
             if bucket.n_elements:
                 self._transport.all_reduce(self._pack(bucket, values, flags, stored), stored)
             return
-        updater.begin(bucket)
-        self._sum_pieces(bucket, values, flags, partial(updater.apply, bucket))
+        self._sum_pieces(bucket, values, flags, updater.begin(bucket))
 
     def _sum(self, bucket: Bucket, values: list[list[Array]], flags: int) -> Array:
         """Sum one bucket into scratch memory, for an updater that may raise."""
@@ -255,17 +344,8 @@ class Engine:
             if len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous:
                 return first.reshape(-1)
         packed = packed[: bucket.n_elements]
-        with np.errstate(all="ignore"):  # a cast that overflows may not raise on one rank alone
-            self._pack_into(bucket, values, packed)
+        pack_into(bucket, values, packed)
         return packed
-
-    def _pack_into(self, bucket: Bucket, values: list[list[Array]], packed: Array) -> None:
-        singles = [arrays[0] for arrays in values[bucket.first : bucket.last] if len(arrays) == 1]
-        if len(singles) == len(bucket.members):
-            np.concatenate(singles, axis=None, out=packed, casting="unsafe")
-            return
-        for entry, position, start, stop in bucket.members:
-            sum_in_order(values[position], packed[start:stop].reshape(entry.spec.shape))
 
     def _mend(self, push: Push, updater: Updater, failure: BaseException | None) -> BaseException:
         """Bring the replicas in step after an updater has raised, and say what to raise."""
@@ -291,14 +371,11 @@ def _shifted(sink: Sink, by: int) -> Sink:
     return shifted
 
 
+def _slot_bytes(bucket: Bucket) -> int:
+    """Say what a bucket takes when it is packed, in the wider of its dtypes."""
+    return bucket.n_elements * bucket.wide_dtype.itemsize
+
+
 def _sums_in_place(bucket: Bucket, updater: Updater) -> bool:
     """Say whether a bucket's sum is written straight into the replica."""
     return updater.assigns and len(bucket.members) == 1
-
-
-def _wants_wide(entries: Sequence[Entry], values: list[list[Array]]) -> bool:
-    """Say whether a 16-bit sum would be rounded before it travels, if it travelled in 16 bits."""
-    return any(
-        len(arrays) > 1 or arrays[0].dtype != entry.spec.dtype
-        for entry, arrays in zip(entries, values, strict=True)
-    )

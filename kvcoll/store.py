@@ -108,16 +108,24 @@ class KVStore:
     agreement : Agreement
     one_thread : bool
         Whether all calls must come from one thread, as collective calls must.
+    overlap : bool, default False
+        Whether a push returns once its values are packed.
     """
 
     def __init__(
-        self, type_: str, transport: Transport, agreement: Agreement, *, one_thread: bool
+        self,
+        type_: str,
+        transport: Transport,
+        agreement: Agreement,
+        *,
+        one_thread: bool,
+        overlap: bool = False,
     ) -> None:
         self._type = type_
         self._transport = transport
         self._topology = transport.topology
         self._agreement = agreement
-        self._engine = Engine(transport, agreement)
+        self._engine = Engine(transport, agreement, overlap=overlap)
         self._updater: Updater = Assign()
         self._replica = Replica()
         self._kind: builtins.type | None = None
@@ -219,7 +227,9 @@ class KVStore:
             ``same_kind`` rule. Lists are one value a device, and may differ in length
             from push to push and from rank to rank.
         priority : int, default 0
-            Taken for MXNet's sake; a push is complete when it returns.
+            Of the pushes that wait those of higher priority are summed first; rank 0's
+            counts. Only where pushes overlap with what their callers do (see `create`);
+            else a push is complete when it returns.
 
         Raises
         ------
@@ -239,10 +249,10 @@ KeyKindError, ArrayError
         and ``2 (n - 1) / n`` of the bytes each way between n ranks.
         """
         with self._guard:
-            self._push(key, value)
+            self._push(key, value, priority)
 
     def pull(self, key: Any, out: Any = None, priority: int = 0, ignore_sparse: bool = True) -> Any:
-        """Copy from this rank's replica; no communication.
+        """Wait for the pushes of these keys, and copy from this rank's replica; nothing is sent.
 
         Parameters
         ----------
@@ -268,6 +278,7 @@ KeyKindError, ArrayError
         """
         with self._reading:
             plan = self._plan(key)
+            self._engine.wait(plan.given)
             if out is None:
                 new = [entry.value.copy() for entry in plan.given]
                 return new if plan.is_list else new[0]
@@ -352,6 +363,28 @@ KeyKindError, ArrayError
             self._has_lent = True
             return views if plan.is_list else views[0]
 
+    def wait(self, key: Any = None) -> None:
+        """Wait until all pushes of keys are applied to this rank's replica; nothing is sent.
+
+        Needed only where pushes overlap with what their callers do (see `create`), and
+        values are read from `view`: a pull waits by itself.
+
+        Parameters
+        ----------
+        key : int, str, or list of them, optional
+            By default all keys.
+
+        Raises
+        ------
+        KeyNotFoundError, KeyKindError
+            As in `pull`.
+        """
+        with self._reading:
+            if key is None:
+                self._engine.drain()
+            else:
+                self._engine.wait(self._plan(key).given)
+
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull.
 
@@ -375,7 +408,9 @@ KeyKindError, ArrayError
         """
         out = value if out is None else out
         with self._guard:
-            _fill(self._push(key, value, out))
+            outputs = self._push(key, value, priority, out)
+            self._engine.wait(self._plan(key).given)
+            _fill(outputs)
         return out
 
     def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> Any:
@@ -509,6 +544,7 @@ KeyKindError, ArrayError
         if error is None:
             self.close()
         elif not self.closed:
+            self._engine.drain()
             # The other ranks may be in a call of another store, which is left after this one.
             self._guard.closed = "it was left by an exception"
             self._give_back()
@@ -530,9 +566,14 @@ KeyKindError, ArrayError
             raise self._guard.nested()
         try:
             self._guard.check_collective()
+            self._engine.drain()
             yield
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse(name, error)
+
+    def _finish_pushes(self) -> None:
+        """Wait for the pushes that overlap with the end of the process."""
+        self._engine.drain()
 
     def _give_back(self) -> None:
         self._plans.clear()
@@ -581,13 +622,14 @@ KeyKindError, ArrayError
         new.sort(key=lambda pair: pair[0].update_rank)
         return [spec for spec, _ in new], [array for _, array in new], is_list
 
-    def _push(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
+    def _push(self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT) -> list[_Output]:
         if self._guard.inside:
             raise self._guard.nested()
         updater = self._updater
         try:
             self._guard.check_collective()
             plan = self._plan(key)
+            priority = _as_priority(priority)
             is_own = plan.is_own(value)
             values = plan.own_values if is_own else _pushed_values(plan, value)
             outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
@@ -596,7 +638,7 @@ KeyKindError, ArrayError
                 self._engine.copy_lent(plan.push, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._agreement.refuse("push()", error)
-        self._engine.push(plan.push, values, updater, call, plain=not is_own)
+        self._engine.push(plan.push, values, updater, call, plain=not is_own, priority=priority)
         return outputs
 
     def _plan(self, key: Any) -> _Plan:
@@ -687,6 +729,12 @@ def _fill(outputs: list[_Output]) -> None:
             round_to(stored, host)  # the cast was checked
         if device is not None:
             fill_device(device, host)
+
+
+def _as_priority(priority: object) -> int:
+    if not isinstance(priority, (int, np.integer)):
+        raise TypeError(f"a priority is an int, got {priority!r}")
+    return int(priority)
 
 
 def _shown(specs: Sequence[Spec]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -16,6 +18,7 @@ from .errors import ArgumentError
 from .optimizer.base import Optimizer, Step
 from .replica import Chunk
 from .schema import Key, digest
+from .transport.contract import Sink
 
 UpdateFunction: TypeAlias = Callable[[Any, Array, Array], object]
 
@@ -33,29 +36,21 @@ class Updater(ABC):
         """Do before the first push of a list of keys what can fail."""
 
     @abstractmethod
-    def begin(self, bucket: Bucket) -> None:
-        """Begin the update of one bucket: its keys count one update more."""
+    def begin(self, bucket: Bucket) -> Sink:
+        """Begin the update of one bucket: its keys count one update more.
 
-    @abstractmethod
-    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
-        """Update the elements from `start` to `stop` of a bucket.
-
-        Parameters
-        ----------
-        bucket : Bucket
-            The one that `begin` was called for.
-        start, stop : int
-        total : numpy.ndarray, shape (stop - start,)
-            The sum. Only an updater that `may_raise` gets a bucket as a whole, and may
-            write to its sum.
+        Returns
+        -------
+        callable
+            Takes start, stop and the sum of the elements between, and updates them; only
+            once, maybe later and from another thread. It goes by what the last `digest`
+            saw, whatever is changed since. An updater that `may_raise` gets a bucket as
+            a whole, and may write to its sum.
         """
 
     @abstractmethod
     def digest(self, buckets: Sequence[Bucket]) -> int:
-        """Digest what must be equal on all ranks, before each push of these buckets.
-
-        What it digests is what `begin` and `apply` then go by.
-        """
+        """Digest what must be equal on all ranks, before each push of these buckets."""
 
     @abstractmethod
     def states(self, bucket: Bucket) -> list[Array]:
@@ -75,16 +70,17 @@ class Assign(Updater):
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Do nothing."""
 
-    def begin(self, bucket: Bucket) -> None:
-        """Do nothing."""
-
-    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
+    def begin(self, bucket: Bucket) -> Sink:
         """Copy the sum."""
-        for run in bucket.runs:
-            low, high = max(start, run.start), min(stop, run.stop)
-            if low < high:
-                to = run.chunk_start - run.start
-                run.chunk.flat[to + low : to + high] = total[low - start : high - start]
+
+        def copy(start: int, stop: int, total: Array) -> None:
+            for run in bucket.runs:
+                low, high = max(start, run.start), min(stop, run.stop)
+                if low < high:
+                    to = run.chunk_start - run.start
+                    run.chunk.flat[to + low : to + high] = total[low - start : high - start]
+
+        return copy
 
     def digest(self, buckets: Sequence[Bucket]) -> int:
         """Give the same on every rank, always."""
@@ -111,14 +107,15 @@ class Custom(Updater):
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Do nothing."""
 
-    def begin(self, bucket: Bucket) -> None:
-        """Do nothing."""
-
-    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
+    def begin(self, bucket: Bucket) -> Sink:
         """Call the function for each key of the bucket, which comes as a whole."""
-        for entry, _, low, high in bucket.members:
-            spec = entry.spec
-            self._function(spec.key, total[low:high].reshape(spec.shape), entry.value)
+
+        def call(start: int, stop: int, total: Array) -> None:
+            for entry, _, low, high in bucket.members:
+                spec = entry.spec
+                self._function(spec.key, total[low:high].reshape(spec.shape), entry.value)
+
+        return call
 
     def digest(self, buckets: Sequence[Bucket]) -> int:
         """Tell it from the other kinds; functions themselves cannot be compared."""
@@ -161,7 +158,10 @@ class Optimize(Updater):
         self._counts: dict[Key, int] = {}
         self._factors: dict[Key, tuple[float, float]] = {}
         self._forget_factors()
-        self._segments: list[_Segment] = []
+        # The user may change the optimizer's settings while an update waits for its sum:
+        # updates go by a copy, made anew when the settings have changed.
+        self._as_agreed = optimizer
+        self._agreed_settings: tuple[float, ...] = ()
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Make the states of keys that are new."""
@@ -182,12 +182,12 @@ class Optimize(Updater):
                         self._states[entry.chunk][-1][entry.start : entry.stop] = entry.flat
                     self._counts[entry.spec.key] = self._optimizer.begin_num_update
 
-    def begin(self, bucket: Bucket) -> None:
+    def begin(self, bucket: Bucket) -> Sink:
         """Count the update, and find which neighbours share their step."""
         rate, decay, num_update = self._agreed
         self._optimizer.num_update = num_update
         rates = self._rates(bucket.members)
-        self._segments = []
+        segments = []
         for run in bucket.runs:
             first = run.first
             for number in range(run.first + 1, run.last + 1):
@@ -196,19 +196,26 @@ class Optimize(Updater):
                     (lr_mult, wd_mult), count = rates[first]
                     step = Step(rate * lr_mult, decay * wd_mult, count)
                     at = run.chunk_start + low - run.start
-                    self._segments.append(_Segment(low, high, run.chunk, at, step))
+                    segments.append(_Segment(low, high, run.chunk, at, step))
                     first = number
+        return partial(self._apply, self._as_agreed, segments)
 
-    def apply(self, bucket: Bucket, start: int, stop: int, total: Array) -> None:
-        """Let the optimizer update the elements."""
-        for segment in self._segments:
+    def _apply(
+        self,
+        optimizer: Optimizer,
+        segments: Sequence[_Segment],
+        start: int,
+        stop: int,
+        total: Array,
+    ) -> None:
+        for segment in segments:
             low, high = max(start, segment.start), min(stop, segment.stop)
             if low < high:
                 at = segment.chunk_start - segment.start
                 own = slice(at + low, at + high)
                 states = [state[own] for state in self._states[segment.chunk]]
                 grad = total[low - start : high - start]
-                self._optimizer.update_flat(segment.chunk.flat[own], grad, states, segment.step)
+                optimizer.update_flat(segment.chunk.flat[own], grad, states, segment.step)
 
     def digest(self, buckets: Sequence[Bucket]) -> int:
         """Digest the settings, which may be changed between pushes, and the rate of this one."""
@@ -224,6 +231,9 @@ class Optimize(Updater):
                 f"the settings of {type(optimizer).__name__} must be numbers: {error}"
             ) from None
         self._agreed = numbers[0], numbers[2], num_update
+        kept = (bool(optimizer.multi_precision), *numbers[3:])
+        if not self.may_raise and self._agreed_settings != kept:
+            self._as_agreed, self._agreed_settings = copy(optimizer), kept
         if self._version != optimizer.version:
             self._forget_factors()
         mixed = self._name_digest

@@ -11,10 +11,11 @@ import kvcoll
 pytest_plugins = ("mpi_runner",)
 
 
-@pytest.fixture(params=["local", "dist_sync"])
+@pytest.fixture(params=["local", "dist_sync", "dist_sync overlap"])
 def kv(request: pytest.FixtureRequest) -> Iterator[kvcoll.KVStore]:
-    """Give an empty store of one process, and one of all ranks; without MPI the latter skips."""
-    if request.param.startswith("dist"):
+    """Give an empty store of one process, and two of all ranks; without MPI these skip."""
+    name, *overlap = request.param.split()
+    if name.startswith("dist"):
         request.getfixturevalue("comm")
-    with kvcoll.create(request.param) as store:
+    with kvcoll.create(name, overlap="always" if overlap else False) as store:
         yield store

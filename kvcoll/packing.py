@@ -1,0 +1,39 @@
+"""From the arrays that a rank pushes to the flat one that travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .arrays import Array, sum_in_order
+from .bucket import Bucket
+from .replica import Entry
+
+
+def wants_wide(entries: Sequence[Entry], values: list[list[Array]]) -> bool:
+    """Say whether a 16-bit sum would be rounded before it travels, if it travelled in 16 bits."""
+    return any(
+        len(arrays) > 1 or arrays[0].dtype != entry.spec.dtype
+        for entry, arrays in zip(entries, values, strict=True)
+    )
+
+
+def pack_into(bucket: Bucket, values: list[list[Array]], packed: Array) -> None:
+    """Sum each key's list of values into its place in a flat array.
+
+    Parameters
+    ----------
+    bucket : Bucket
+    values : list of list of numpy.ndarray
+        For each key of the push that the bucket is of.
+    packed : numpy.ndarray, shape (bucket.n_elements,)
+        Of the bucket's dtype, or of the one in which its sums are taken.
+    """
+    singles = [arrays[0] for arrays in values[bucket.first : bucket.last] if len(arrays) == 1]
+    with np.errstate(all="ignore"):  # a cast that overflows may not raise on one rank alone
+        if len(singles) == len(bucket.members):
+            np.concatenate(singles, axis=None, out=packed, casting="unsafe")
+            return
+        for entry, position, start, stop in bucket.members:
+            sum_in_order(values[position], packed[start:stop].reshape(entry.spec.shape))
