@@ -211,9 +211,19 @@ class AcrossRanks(Agreement):
     messenger : Messenger
     idle : callable, optional
         Called over and over while a farewell is under way; it may push that on.
+    one_error_ends : bool, default False
+        Whether after an error no rank can be asked any more: where the ranks do not raise
+        it at the same place, they could not go on together.
     """
 
-    def __init__(self, messenger: Messenger, idle: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        messenger: Messenger,
+        idle: Callable[[], None] | None = None,
+        *,
+        one_error_ends: bool = False,
+    ) -> None:
+        self._one_error_ends = one_error_ends
         self._messenger = messenger
         self._idle = idle or _nap
         self._is_held = False
@@ -355,6 +365,8 @@ class AcrossRanks(Agreement):
         if isinstance(error, RankLeftError):
             self._ended = str(error)
             self.is_final = any(report.left and report.call == _EXIT for report in reports)
+        elif self._one_error_ends:
+            self._ended = str(error)
         return error
 
     def _all_texts(self, text: bytes) -> list[bytes]:

@@ -38,6 +38,20 @@ class Job:
     done: bool = False
 
 
+class SharedError(Exception):
+    """Raised by a job for an error that all ranks have come to together: nobody waits.
+
+    Parameters
+    ----------
+    error : Exception
+        What those who wait raise.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @final
 class Backlog:
     """Jobs, and the thread that runs them.
@@ -50,7 +64,7 @@ class Backlog:
         Gives on every rank the number that rank 0 gave; called by all ranks together.
     failed : callable
         Called with what a job has raised, in the backlog's thread: the others wait in
-        that job. Nothing is run after it.
+        that job. Nothing is run after it, nor after a `SharedError`.
     """
 
     def __init__(
@@ -65,6 +79,7 @@ class Backlog:
         self._changed = threading.Condition()
         self._unfinished = 0
         self._error: BaseException | None = None
+        self._shared: BaseException | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -88,6 +103,8 @@ class Backlog:
         ------
         RankFailedError
             One of this store's jobs has failed on this rank.
+        BaseException
+            What the ranks have agreed to raise, see `SharedError`.
         """
         for job in jobs:
             if not job.done:
@@ -104,8 +121,9 @@ class Backlog:
                 self._changed.wait()
 
     def stop(self) -> None:
-        """Drain, and end the thread."""
-        self.drain()
+        """Drain, and end the thread; nothing if it has failed."""
+        if not self.failure:
+            self.drain()
         thread = self._thread
         with self._changed:
             self._stopping = True
@@ -113,7 +131,20 @@ class Backlog:
         if thread is not None:
             thread.join()
 
+    @property
+    def ident(self) -> int | None:
+        """The thread's number, as `threading.get_ident` gives it in it."""
+        return None if self._thread is None else self._thread.ident
+
+    @property
+    def failure(self) -> str:
+        """Why nothing will be run any more, or ``''``."""
+        error = self._shared or self._error
+        return "" if error is None else text_of(error) or type(error).__name__
+
     def _check(self) -> None:
+        if self._shared is not None:
+            raise self._shared
         if self._error is not None:
             name = type(self._error).__name__
             raise RankFailedError(
@@ -129,6 +160,10 @@ class Backlog:
                     job.done = True
                     self._unfinished -= 1
                     self._changed.notify_all()
+        except SharedError as shared:
+            with self._changed:
+                self._shared = shared.error
+                self._changed.notify_all()
         except BaseException as error:  # the other ranks wait in the job: end, and tell the caller
             with self._changed:
                 self._error = error

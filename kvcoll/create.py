@@ -6,15 +6,19 @@ import atexit
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import farewell
 from ._version import __version__
-from .agreement import AcrossRanks, Alone, Call
+from .agreement import AcrossRanks, Agreement, Alone, Call
+from .engine import Engine
 from .errors import ArgumentError, ThreadError, text_of
+from .launch import InLine, Late, Launch, Overlap
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
 from .store import KVStore
@@ -25,12 +29,13 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
-_DISTRIBUTED = ("dist", "dist_sync")
+_ASYNC = "dist_async"
+_DISTRIBUTED = ("dist", "dist_sync", _ASYNC)
 _CREATE_LIMIT_S = 300.0
 _ALWAYS = "always"
 _NEEDS_THREADS = (
-    "overlap needs an MPI that several threads may call (MPI_THREAD_MULTIPLE): leave "
-    "mpi4py.rc.thread_level as it is before mpi4py.MPI is imported, or leave overlap out"
+    "overlap and 'dist_async' need an MPI that several threads may call (MPI_THREAD_MULTIPLE): "
+    "leave mpi4py.rc.thread_level as it is before mpi4py.MPI is imported, or take 'dist_sync'"
 )
 # Replicas would differ by bits if the ranks ran other versions.
 _VERSIONS = (__version__, np.__version__)
@@ -43,6 +48,7 @@ def create(
     comm: Any = None,
     reproducible: bool = False,
     overlap: bool | str = False,
+    staleness: int | None = None,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore:
     """Make a key-value store.
@@ -53,6 +59,11 @@ def create(
         Of any case. ``'local'``, ``'local_update_cpu'``, ``'local_allreduce_cpu'``,
         ``'device'``, ``'local_allreduce_device'``: one process, no MPI needed.
         ``'dist'``, ``'dist_sync'``: all ranks of `comm`, which all must call this.
+        ``'dist_async'``: the same, but a push does not wait for other ranks. It is applied
+        when all have come to it, in the order of the pushes, so that all replicas pass
+        through the same versions; a pull gives the version that is there. It needs an
+        updater. A mistake is raised by the next call after the ranks have come to it, and
+        ends the store.
     comm : mpi4py.MPI.Intracomm, optional
         Whose ranks share the store; it is duplicated. By default ``MPI.COMM_WORLD``.
     reproducible : bool, default False
@@ -65,6 +76,9 @@ def create(
         a push is complete when it returns, unless this is ``'always'``. So it is with an
         updater of the user's own. What it takes: memory of the size of the gradients, and
         an MPI that allows several threads (MPI_THREAD_MULTIPLE).
+    staleness : int, default 1
+        Of ``'dist_async'``: how many pushes of a key may not be applied yet when a push of it
+        returns; 0 waits for each.
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -81,7 +95,7 @@ def create(
     LaunchError
         The job was started by the launcher of another MPI.
     ThreadError
-        `overlap`, and MPI was not started for several threads.
+        `overlap` or ``'dist_async'``, and MPI was not started for several threads.
     RanksDisagreeError
         The ranks create different stores, or not all of them come in time.
 
@@ -100,12 +114,16 @@ def create(
         raise TypeError(f"reproducible is a bool, got {reproducible!r}")
     if overlap != _ALWAYS and not isinstance(overlap, (bool, np.bool_)):
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
+    if staleness is not None:
+        staleness = _as_staleness(kind, staleness)
     if not isinstance(create_limit_s, (int, float)) or not create_limit_s > 0:
         raise ArgumentError(
             f"create_limit_s is a number of seconds above 0, got {create_limit_s!r}"
         )
     if kind in _DISTRIBUTED:
-        options = _Options(bool(reproducible), overlap if overlap == _ALWAYS else bool(overlap))
+        late = (1 if staleness is None else staleness) if kind == _ASYNC else None
+        overlap = overlap if overlap == _ALWAYS else bool(overlap)
+        options = _Options(bool(reproducible), overlap, late)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
@@ -126,16 +144,37 @@ _world: list[_Link] = []  # that of COMM_WORLD, once it is there
 _open_stores: list[KVStore] = []  # held until they are closed, since others wait for them
 
 
+def _as_staleness(kind: str, staleness: object) -> int:
+    if kind != _ASYNC:
+        raise ArgumentError(f"staleness goes with {_ASYNC!r}, not with {kind!r}")
+    if isinstance(staleness, bool) or not isinstance(staleness, (int, np.integer)):
+        raise TypeError(f"staleness is an int, got {staleness!r}")
+    if staleness < 0:
+        raise ArgumentError(f"staleness must not be below 0, got {staleness}")
+    return int(staleness)
+
+
 @dataclass(frozen=True)
 class _Options:
     """What must be the same on all ranks."""
 
     reproducible: bool
     overlap: bool | str
+    staleness: int | None
 
     def __str__(self) -> str:
+        kind = "dist_sync" if self.staleness is None else _ASYNC
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
-        return f"reproducible={self.reproducible}{overlap}"
+        late = "" if self.staleness is None else f", staleness={self.staleness}"
+        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}"
+
+    def launching(self, topology: Topology, agreement: Agreement) -> Callable[[Engine], Launch]:
+        """Say when the store's pushes run."""
+        if self.staleness is not None:
+            return partial(Late, agreement=agreement, staleness=self.staleness)
+        if self.overlaps_on(topology):
+            return partial(Overlap, leads=topology.rank == 0)
+        return InLine
 
     def overlaps_on(self, topology: Topology) -> bool:
         """Say whether pushes run behind their callers."""
@@ -148,16 +187,17 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
     words = str(options)
-    call = Call(f"create('dist_sync', {words})", digest("create", words, *_VERSIONS))
-    overlap = options.overlaps_on(link.topology)
-    if overlap and not mpi.allows_threads():
+    call = Call(f"create({words})", digest("create", words, *_VERSIONS))
+    is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
+    if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
     link.ranks.confirm(call)
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
         transport = transport_for(own, link.topology, tree=options.reproducible)
-        agreement = link.ranks.of_store()
-        store = KVStore(kind, transport, agreement, one_thread=True, overlap=overlap)
+        agreement = _async_agreement(own, link) if is_async else link.ranks.of_store()
+        launching = options.launching(link.topology, agreement)
+        store = KVStore(kind, transport, agreement, one_thread=True, launching=launching)
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
@@ -166,6 +206,16 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
+
+
+def _async_agreement(own: MPI.Intracomm, link: _Link) -> Agreement:
+    """Make an agreement for one store, whose thread agrees while the caller uses others."""
+    from .transport import mpi
+
+    messenger = mpi.MpiMessenger(own, link.topology)
+    ranks = AcrossRanks(messenger, farewell.advance, one_error_ends=True)
+    _links.append(_Link(own, link.topology, ranks))
+    return ranks.of_store()
 
 
 def _new_link(comm: Any, limit_s: float) -> _Link:

@@ -1,15 +1,13 @@
-"""How a push runs: agree, pack, sum over the ranks, update; the last two maybe later.
+"""How a push runs: agree, pack, sum over the ranks, update.
 
 Rules of the file: what it gets has been checked; memory is taken before the ranks
 agree, so that nothing can fail on one rank alone once the others wait for it; the
-user's updater is the one exception, and the ranks agree once more after it. While sums
-wait in the backlog, its thread alone uses the transport: who else needs it drains first.
-A key has one sum at most in the backlog.
+user's updater is the one exception, and the ranks agree once more after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -18,13 +16,10 @@ import numpy as np
 
 from .agreement import Agreement, Call, name_ranks
 from .arrays import Array, DType
-from .backlog import Backlog, Job
 from .bucket import Bucket
 from .errors import UpdaterError, text_of
 from .packing import pack_into, wants_wide
 from .replica import Chunk, Entry
-from .schema import Key
-from .slots import Slots
 from .transport.contract import Sink, Transport, Window
 from .updater import Updater
 
@@ -52,29 +47,11 @@ class Push:
 
 @final
 class Engine:
-    """Runs the calls of one store on one transport.
+    """Runs the calls of one store on one transport."""
 
-    Parameters
-    ----------
-    transport : Transport
-    agreement : Agreement
-    overlap : bool, default False
-        Whether a push returns once its values are packed. The transport is used by
-        another thread then.
-    """
-
-    def __init__(
-        self, transport: Transport, agreement: Agreement, *, overlap: bool = False
-    ) -> None:
+    def __init__(self, transport: Transport, agreement: Agreement) -> None:
         self._transport = transport
         self._agreement = agreement
-        self._backlog: Backlog | None = None
-        if overlap:
-            leads = transport.topology.rank == 0
-            self._backlog = Backlog(leads=leads, agree=self._from_rank_0, failed=self._abort_behind)
-        self._slots = Slots()
-        self._waiting: dict[Key, Job] = {}
-        self._n_jobs = 0
         self._scratch: dict[DType, Array] = {}
         self._windows: dict[Chunk, Window] = {}
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
@@ -86,25 +63,7 @@ class Engine:
         """
         if push.ready_for is not updater:
             self._take_memory(push, updater)
-        if self._backlog is not None:
-            if updater.may_raise:
-                self.drain()
-            else:
-                self.wait(push.entries)
-                self._slots.reserve(_slot_bytes(bucket) for bucket in push.buckets)
         return self._call(push, updater)
-
-    def wait(self, entries: Iterable[Entry]) -> None:
-        """Wait until no sum of these keys is in the backlog."""
-        if self._backlog is not None and self._waiting:
-            keys = [entry.spec.key for entry in entries]
-            self._backlog.wait(self._waiting[key] for key in keys if key in self._waiting)
-
-    def drain(self) -> None:
-        """Wait until the backlog is empty."""
-        if self._backlog is not None:
-            self._backlog.drain()
-            self._waiting.clear()
 
     def copy_lent(self, push: Push, values: list[list[Array]]) -> None:
         """Copy what lies in the store's own memory, which an updater has seen and kept."""
@@ -139,15 +98,25 @@ class Engine:
             for entry in entries
         ]
 
-    def push(
-        self,
-        push: Push,
-        values: list[list[Array]],
-        updater: Updater,
-        call: Call,
-        *,
-        plain: bool = True,
-        priority: int = 0,
+    def agree(self, push: Push, call: Call, values: list[list[Array]], *, plain: bool) -> int:
+        """Return once all ranks make this push; see `push`.
+
+        Returns
+        -------
+        int
+            Flags of all ranks, for `push_agreed` and `packed_dtype`.
+        """
+        flags = _PLAIN if plain else 0
+        if push.has_small_floats and wants_wide(push.entries, values):
+            flags |= _WIDE
+        try:
+            return self._agreement.confirm(call, flags)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self.abort(push.call.name, error)  # the others may have agreed already
+            raise
+
+    def push_agreed(
+        self, push: Push, values: list[list[Array]], updater: Updater, flags: int
     ) -> None:
         """Sum the values of each key, over the ranks too, and update the stored ones.
 
@@ -157,71 +126,39 @@ class Engine:
         values : list of list of numpy.ndarray
             For each key of `push` what this rank pushes.
         updater : Updater
-        call : Call
-            What `reserve` gave.
-        plain : bool
-            Whether any of the values is not the array that `open_windows` gave for the key.
-        priority : int
-            Of two pushes in the backlog that with the higher one is summed first.
+        flags : int
+            What `agree` gave.
         """
-        flags = _PLAIN if plain else 0
-        if push.has_small_floats and wants_wide(push.entries, values):
-            flags |= _WIDE
-        try:
-            flags = self._agreement.confirm(call, flags)
-        except (KeyboardInterrupt, SystemExit) as error:
-            self._abort(push, error)  # the others may have agreed already
-            raise
         buckets = push.buckets if flags & _PLAIN else push.windowed
         if updater.may_raise:
             self._push_guarded(push, buckets, values, updater, flags)
             return
         try:
-            if self._backlog is None:
-                for bucket in buckets:
-                    self._run(bucket, values, updater, flags)
-            else:
-                self._push_behind(self._backlog, push, values, updater, flags, priority)
+            for bucket in buckets:
+                self._run(bucket, values, updater, flags)
         except BaseException as error:
-            self._abort(push, error)
+            self.abort(push.call.name, error)
             raise
 
-    def _push_behind(
-        self,
-        backlog: Backlog,
-        push: Push,
-        values: list[list[Array]],
-        updater: Updater,
-        flags: int,
-        priority: int,
-    ) -> None:
-        """Pack the values, and leave their sums to the backlog."""
-        for bucket in push.buckets:
-            slot = self._slots.take(_slot_bytes(bucket))
-            dtype = bucket.wide_dtype if flags & _WIDE else bucket.dtype
-            source = slot[: bucket.n_elements * dtype.itemsize].view(dtype)
-            pack_into(bucket, values, source)
-            job = Job(
-                self._n_jobs,
-                priority,
-                partial(self._sum_behind, bucket, slot, source, updater.begin(bucket)),
-            )
-            self._n_jobs += 1
-            backlog.add(job)
-            self._waiting.update((member.entry.spec.key, job) for member in bucket.members)
+    def packed_dtype(self, bucket: Bucket, flags: int) -> DType:
+        """Say in which dtype the ranks pack a bucket, given the flags of `agree`."""
+        return bucket.wide_dtype if flags & _WIDE else bucket.dtype
 
-    def _sum_behind(self, bucket: Bucket, slot: Array, source: Array, sink: Sink) -> None:
+    def sum_packed(self, bucket: Bucket, source: Array, sink: Sink) -> None:
+        """Sum a bucket that was packed before, and hand the sum over piece by piece."""
         if bucket.n_elements:
             self._transport.all_reduce_pieces(source, bucket.dtype, sink)
-        self._slots.give_back(_slot_bytes(bucket), slot)
 
-    def _from_rank_0(self, number: int) -> int:
+    def sum_packed_whole(self, bucket: Bucket, source: Array, total: Array) -> None:
+        """Sum a bucket that was packed before into `total`, which may be `source`."""
+        if bucket.n_elements:
+            self._transport.all_reduce(source, total)
+
+    def from_rank_0(self, number: int) -> int:
+        """Give on all ranks the number that rank 0 gave."""
         told = np.array([number], np.int64)
         self._transport.broadcast(told)
         return int(told[0])
-
-    def _abort_behind(self, error: BaseException) -> None:
-        self._abort_in("a push that runs behind its caller", error)
 
     def _push_guarded(
         self,
@@ -237,28 +174,25 @@ class Engine:
             for bucket in buckets:
                 total = self._sum(bucket, values, flags)
                 if failure is None:  # else the others still wait for this rank's share of the sum
-                    failure = self._try_update(bucket, total, updater)
-            failed = self._agreement.confirm(_AFTER_UPDATE, _FAILED if failure else 0) & _FAILED
-            error = self._mend(push, updater, failure) if failed else None
+                    failure = self.try_update(partial(_update, updater, bucket, total))
+            error = self.mend(push, updater, failure)
         except BaseException as error:
-            self._abort(push, error)
+            self.abort(push.call.name, error)
             raise
         if error is not None:
             raise error
 
-    def _try_update(self, bucket: Bucket, total: Array, updater: Updater) -> BaseException | None:
+    def try_update(self, update: Callable[[], None]) -> BaseException | None:
+        """Run an update that may raise; give what it has raised."""
         try:
             with self._agreement.held():
-                updater.begin(bucket)(0, bucket.n_elements, total)
+                update()
         except BaseException as error:  # the user's own code: all must hear of sys.exit, too
             return error
         return None
 
-    def _abort(self, push: Push, error: BaseException) -> None:
+    def abort(self, call_name: str, error: BaseException) -> None:
         """End the job: the others wait in a sum that this rank has left."""
-        self._abort_in(push.call.name, error)
-
-    def _abort_in(self, call_name: str, error: BaseException) -> None:
         said = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
         self._transport.abort(f"{said} in the midst of {call_name}")
 
@@ -274,10 +208,7 @@ class Engine:
             entries = entries[n:]
 
     def close(self) -> None:
-        """Let go of all memory, once the backlog is empty."""
-        if self._backlog is not None:
-            self._backlog.stop()
-        self._waiting.clear()
+        """Let go of all memory."""
         self._windows.clear()
         self._scratch.clear()
 
@@ -347,8 +278,25 @@ class Engine:
         pack_into(bucket, values, packed)
         return packed
 
-    def _mend(self, push: Push, updater: Updater, failure: BaseException | None) -> BaseException:
-        """Bring the replicas in step after an updater has raised, and say what to raise."""
+    def mend(
+        self, push: Push, updater: Updater, failure: BaseException | None
+    ) -> BaseException | None:
+        """Agree whether all updaters have come through; if not, bring the replicas in step.
+
+        Parameters
+        ----------
+        push : Push
+        updater : Updater
+        failure : BaseException or None
+            What it has raised on this rank.
+
+        Returns
+        -------
+        BaseException or None
+            What to raise on this rank; None if no rank failed.
+        """
+        if not self._agreement.confirm(_AFTER_UPDATE, _FAILED if failure else 0) & _FAILED:
+            return None
         said = "" if failure is None else f"{type(failure).__name__}: {text_of(failure)}"
         reports = self._agreement.tell(said)
         failed = [rank for rank, text in enumerate(reports) if text]
@@ -371,9 +319,8 @@ def _shifted(sink: Sink, by: int) -> Sink:
     return shifted
 
 
-def _slot_bytes(bucket: Bucket) -> int:
-    """Say what a bucket takes when it is packed, in the wider of its dtypes."""
-    return bucket.n_elements * bucket.wide_dtype.itemsize
+def _update(updater: Updater, bucket: Bucket, total: Array) -> None:
+    updater.begin(bucket)(0, bucket.n_elements, total)
 
 
 def _sums_in_place(bucket: Bucket, updater: Updater) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import final
 
@@ -19,9 +20,17 @@ class Guard:
         Whether only the thread of the first call may call, as in a store whose calls
         are collective: their order must be the same on all ranks. Else threads wait
         for one another.
+    beside : callable
+        Gives the number of the thread in which updates run, if they run beside the
+        calls: it may read.
+    ended : callable
+        Says why no other rank can be asked any more, or ``''``.
     """
 
-    def __init__(self, *, one_thread: bool) -> None:
+    def __init__(
+        self, *, one_thread: bool, beside: Callable[[], int | None], ended: Callable[[], str]
+    ) -> None:
+        self._beside, self._ended = beside, ended
         self._lock = threading.RLock()
         self._one_thread = one_thread
         self._thread: int | None = None
@@ -52,6 +61,8 @@ class Guard:
     ) -> None:
         if isinstance(error, RankLeftError):
             self.closed = str(error)
+        elif error is not None and not self.closed:
+            self.closed = self._ended()
         self._leave()
 
     def check_collective(self) -> None:
@@ -78,6 +89,11 @@ class Guard:
             "the ranks are in the middle of a push"
         )
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether the caller is an updater that runs beside the calls."""
+        return self._one_thread and threading.get_ident() == self._beside()
+
     def _leave(self) -> None:
         self._depth -= 1
         self._lock.release()
@@ -86,6 +102,8 @@ class Guard:
         if self._thread is None:
             self._thread = ident
             return
+        if self.is_beside:
+            raise self.nested()
         error = ThreadError(
             "a distributed store is called from one thread of each rank, the one that "
             f"called it first: got a call from thread {threading.current_thread().name!r}"
@@ -108,7 +126,9 @@ class Reading:
         self._guard = guard
 
     def __enter__(self) -> None:
-        self._guard.enter(is_collective=False)
+        # A call that waits for the updates holds the guard's lock.
+        if not self._guard.is_beside:
+            self._guard.enter(is_collective=False)
 
     def __exit__(
         self,
@@ -116,4 +136,5 @@ class Reading:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._guard.__exit__(kind, error, trace)
+        if not self._guard.is_beside:
+            self._guard.__exit__(kind, error, trace)

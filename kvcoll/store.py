@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias, final
+from typing import Any, NoReturn, TypeAlias, final
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from .errors import (
     text_of,
 )
 from .guard import Guard, Reading
+from .launch import InLine, Launch
 from .replica import Entry, Replica
 from .schema import (
     Key,
@@ -108,8 +110,8 @@ class KVStore:
     agreement : Agreement
     one_thread : bool
         Whether all calls must come from one thread, as collective calls must.
-    overlap : bool, default False
-        Whether a push returns once its values are packed.
+    launching : callable, optional
+        Makes of the store's engine a `Launch`, which says when pushes run.
     """
 
     def __init__(
@@ -119,20 +121,25 @@ class KVStore:
         agreement: Agreement,
         *,
         one_thread: bool,
-        overlap: bool = False,
+        launching: Callable[[Engine], Launch] = InLine,
     ) -> None:
         self._type = type_
         self._transport = transport
         self._topology = transport.topology
         self._agreement = agreement
-        self._engine = Engine(transport, agreement, overlap=overlap)
+        self._engine = Engine(transport, agreement)
+        self._launch = launching(self._engine)
         self._updater: Updater = Assign()
         self._replica = Replica()
         self._kind: builtins.type | None = None
         self._plans: dict[Key | tuple[Key, ...], _Plan] = {}
         self._own: dict[Key, Array] = {}  # what `empty` gave
         self._has_lent = False  # whether the user may hold stored values themselves
-        self._guard = Guard(one_thread=one_thread)
+        self._guard = Guard(
+            one_thread=one_thread,
+            beside=lambda: self._launch.ident,
+            ended=lambda: self._agreement.ended or self._launch.ended,
+        )
         self._reading = Reading(self._guard)
 
     # What the store is ------------------------------------------------------------
@@ -278,16 +285,9 @@ KeyKindError, ArrayError
         """
         with self._reading:
             plan = self._plan(key)
-            self._engine.wait(plan.given)
-            if out is None:
-                new = [entry.value.copy() for entry in plan.given]
-                return new if plan.is_list else new[0]
-            if plan.fits(out) and all(array.flags.writeable for array in out):
-                for entry, array in zip(plan.given, out, strict=True):
-                    np.copyto(array, entry.value)
-            else:
-                _fill(_outputs(plan.given, plan.is_list, out))
-            return out
+            self._launch.wait(plan.given, to_read=True)
+            with self._launch.reading:
+                return _pull(plan, out)
 
     def empty(self, key: Any) -> Any:
         """Give arrays for gradients that a push need not copy; called by all ranks.
@@ -381,9 +381,9 @@ KeyKindError, ArrayError
         """
         with self._reading:
             if key is None:
-                self._engine.drain()
+                self._launch.drain()
             else:
-                self._engine.wait(self._plan(key).given)
+                self._launch.wait(self._plan(key).given)
 
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull.
@@ -409,8 +409,9 @@ KeyKindError, ArrayError
         out = value if out is None else out
         with self._guard:
             outputs = self._push(key, value, priority, out)
-            self._engine.wait(self._plan(key).given)
-            _fill(outputs)
+            self._launch.wait(self._plan(key).given, to_read=True)
+            with self._launch.reading:
+                _fill(outputs)
         return out
 
     def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> Any:
@@ -520,8 +521,13 @@ KeyKindError, ArrayError
         RanksDisagreeError, RankLeftError
             Other ranks still work with the store, or with another.
         """
-        if self._guard.closed or self._agreement.ended:
-            self._give_back()
+        if self.closed:
+            try:
+                if not self._guard.closed:
+                    self._launch.drain()  # raises what nobody has been told yet
+            finally:
+                self._guard.closed = self._guard.closed or "close() was called"
+                self._give_back()
             return
         with self._guard:
             with self._checked("close()"):
@@ -544,7 +550,7 @@ KeyKindError, ArrayError
         if error is None:
             self.close()
         elif not self.closed:
-            self._engine.drain()
+            self._finish_pushes()
             # The other ranks may be in a call of another store, which is left after this one.
             self._guard.closed = "it was left by an exception"
             self._give_back()
@@ -555,7 +561,7 @@ KeyKindError, ArrayError
     @property
     def closed(self) -> bool:
         """Whether the store was closed, or a rank has left it."""
-        return bool(self._guard.closed or self._agreement.ended)
+        return bool(self._guard.closed or self._agreement.ended or self._launch.ended)
 
     # Inside -----------------------------------------------------------------------
 
@@ -566,20 +572,33 @@ KeyKindError, ArrayError
             raise self._guard.nested()
         try:
             self._guard.check_collective()
-            self._engine.drain()
+            self._launch.drain()
             yield
         except Exception as error:  # whatever it is: the others must not wait for this rank
-            self._agreement.refuse(name, error)
+            self._refuse(name, error)
+
+    def _refuse(self, name: str, error: Exception) -> NoReturn:
+        """Tell the other ranks of a mistake, once they have come to it."""
+        if self._launch.ended:  # they have raised what this is, and ask nobody any more
+            raise error
+        self._launch.drain()
+        self._agreement.refuse(name, error)
 
     def _finish_pushes(self) -> None:
-        """Wait for the pushes that overlap with the end of the process."""
-        self._engine.drain()
+        """Wait for the pushes that are not complete: the others wait in them for this rank."""
+        if self._guard.closed:
+            return
+        try:
+            self._launch.drain()
+        except Exception as error:  # nobody is there any more to raise it for
+            print(f"kvcoll: pushes were not completed: {text_of(error)}", file=sys.stderr)
 
     def _give_back(self) -> None:
         self._plans.clear()
         self._own.clear()
         self._updater = Assign()
         self._replica.clear()
+        self._launch.stop()
         self._engine.close()
 
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
@@ -633,12 +652,12 @@ KeyKindError, ArrayError
             is_own = plan.is_own(value)
             values = plan.own_values if is_own else _pushed_values(plan, value)
             outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
-            call = self._engine.reserve(plan.push, updater)
+            call = self._launch.reserve(plan.push, updater)
             if self._has_lent and not is_own:
                 self._engine.copy_lent(plan.push, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
-            self._agreement.refuse("push()", error)
-        self._engine.push(plan.push, values, updater, call, plain=not is_own, priority=priority)
+            self._refuse("push()", error)
+        self._launch.push(plan.push, values, updater, call, plain=not is_own, priority=priority)
         return outputs
 
     def _plan(self, key: Any) -> _Plan:
@@ -719,6 +738,19 @@ def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]
                 spec.check_output(host)
             outputs.append((entry.value, host, device))
     return outputs
+
+
+def _pull(plan: _Plan, out: Any) -> Any:
+    """Copy stored values into outputs that are yet to be checked, or into new arrays."""
+    if out is None:
+        new = [entry.value.copy() for entry in plan.given]
+        return new if plan.is_list else new[0]
+    if plan.fits(out) and all(array.flags.writeable for array in out):
+        for entry, array in zip(plan.given, out, strict=True):
+            np.copyto(array, entry.value)
+    else:
+        _fill(_outputs(plan.given, plan.is_list, out))
+    return out
 
 
 def _fill(outputs: list[_Output]) -> None:

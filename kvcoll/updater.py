@@ -30,6 +30,8 @@ class Updater(ABC):
     assigns = False
     #: Whether the user's code runs in it, which may raise on one rank and not on another.
     may_raise = False
+    #: Whether an update goes by what was agreed on, whatever the user changes meanwhile.
+    keeps_settings = True
 
     @abstractmethod
     def prepare(self, buckets: Sequence[Bucket]) -> None:
@@ -153,6 +155,7 @@ class Optimize(Updater):
         self._optimizer = optimizer
         # Ours do not raise, and a schedule is asked before the ranks agree; a subclass may.
         self.may_raise = not type(optimizer).__module__.startswith("kvcoll.")
+        self.keeps_settings = not self.may_raise
         self._agreed = (0.0, 0.0, 0)  # rate, decay and count of updates of the push under way
         self._states: dict[Chunk, list[Array]] = {}
         self._counts: dict[Key, int] = {}

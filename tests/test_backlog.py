@@ -109,7 +109,7 @@ def test_nobody_is_asked_for_a_turn_while_there_is_no_job(recorder: Recorder) ->
     assert asked == [0]
 
 
-@pytest.mark.parametrize("call", ["wait", "drain", "add", "stop"])
+@pytest.mark.parametrize("call", ["wait", "drain", "add"])
 def test_what_a_job_raises_is_raised_by_who_waits_and_by_every_call_after_it(
     leader: Backlog, recorder: Recorder, call: str
 ) -> None:
@@ -124,7 +124,6 @@ def test_what_a_job_raises_is_raised_by_who_waits_and_by_every_call_after_it(
         "wait": lambda: leader.wait([job]),
         "drain": leader.drain,
         "add": lambda: leader.add(recorder.job(1)),
-        "stop": leader.stop,
     }
     with pytest.raises(RankFailedError, match="no memory for the sum"):
         calls[call]()

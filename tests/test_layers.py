@@ -36,6 +36,7 @@ FLOORS = {
     "engine": 7,
     "farewell": 7,
     "guard": 8,
+    "launch": 8,
     "store": 9,
     "create": 10,
     "__init__": 11,

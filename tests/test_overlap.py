@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvcoll import KVStore, optimizer
 from kvcoll.agreement import Alone
 from kvcoll.arrays import Array, DType
 from kvcoll.errors import RanksDisagreeError, ShapeMismatchError
+from kvcoll.launch import Overlap
 from kvcoll.topology import Topology
 from kvcoll.transport.alone import AloneTransport
 from kvcoll.transport.contract import Sink, Transport, Window
@@ -59,6 +61,9 @@ class Gate(Transport):
         self._alone.close()
 
 
+overlapping = partial(Overlap, leads=True)
+
+
 @pytest.fixture
 def gate() -> Gate:
     return Gate()
@@ -67,7 +72,7 @@ def gate() -> Gate:
 @pytest.fixture
 def held(gate: Gate) -> Iterator[KVStore]:
     """Give a store of one rank whose pushes wait for the gate."""
-    with KVStore("dist_sync", gate, Alone(), one_thread=True, overlap=True) as store:
+    with KVStore("dist_sync", gate, Alone(), one_thread=True, launching=overlapping) as store:
         store.init(["a", "b", "c"], [np.zeros(3, np.float32)] * 3)
         yield store
         gate.open.set()

@@ -1,0 +1,398 @@
+"""When a push runs: in line, behind its caller, or late.
+
+Rules of the file: while sums wait in a backlog, its thread alone uses the transport (and,
+where pushes are late, the agreement): who else needs it drains first. The values of a push that
+waits lie in memory of their own, in which they were packed before the push returned.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple, final
+
+from .agreement import Agreement, Call
+from .arrays import Array
+from .backlog import Backlog, Job, SharedError
+from .bucket import Bucket
+from .engine import Engine, Push
+from .errors import ArgumentError
+from .packing import pack_into
+from .replica import Entry
+from .schema import Key
+from .slots import Slots
+from .transport.contract import Sink
+from .updater import Updater
+
+
+class Launch(ABC):
+    """When the pushes of a store run."""
+
+    #: To be held by who reads stored values, so that no update is seen half done.
+    reading: AbstractContextManager[object] = nullcontext()
+
+    @abstractmethod
+    def reserve(self, push: Push, updater: Updater) -> Call:
+        """Take what a push needs, and say what to agree on; what can fail here alone fails here."""
+
+    @abstractmethod
+    def push(
+        self,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        call: Call,
+        *,
+        plain: bool,
+        priority: int,
+    ) -> None:
+        """Run a push, or see to it that it will be run.
+
+        Parameters
+        ----------
+        push : Push
+        values : list of list of numpy.ndarray
+            For each key of `push` what this rank pushes.
+        updater : Updater
+        call : Call
+            What `reserve` gave.
+        plain : bool
+            Whether any of the values is not the array that the store gave for the key.
+        priority : int
+            Of pushes that wait those with the highest are summed first.
+        """
+
+    @abstractmethod
+    def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
+        """Wait until no push of these keys waits, if `to_read` then only where a pull does so."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Wait until no push waits."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Drain, if that can be, and end what runs beside the caller."""
+
+    @property
+    @abstractmethod
+    def ident(self) -> int | None:
+        """The number of the thread in which updates run beside the caller, if any."""
+
+    @property
+    @abstractmethod
+    def ended(self) -> str:
+        """Why pushes that waited were given up, so that the store can only be left; or ``''``."""
+
+
+@final
+class InLine(Launch):
+    """A push is complete when it returns."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def reserve(self, push: Push, updater: Updater) -> Call:
+        """Leave it to the engine."""
+        return self._engine.reserve(push, updater)
+
+    def push(
+        self,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        call: Call,
+        *,
+        plain: bool,
+        priority: int,
+    ) -> None:
+        """Run it."""
+        flags = self._engine.agree(push, call, values, plain=plain)
+        self._engine.push_agreed(push, values, updater, flags)
+
+    def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
+        """Return at once."""
+
+    def drain(self) -> None:
+        """Return at once."""
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+    @property
+    def ident(self) -> int | None:
+        """None."""
+        return None
+
+    @property
+    def ended(self) -> str:
+        """Never anything."""
+        return ""
+
+
+class _Packed(NamedTuple):
+    """A bucket whose values wait for their sum."""
+
+    bucket: Bucket
+    slot: Array
+    source: Array
+    sink: Sink
+
+    @property
+    def total(self) -> Array:
+        """Where the sum may go: in place of the values, or beside them if these are wider."""
+        bucket = self.bucket
+        start = self.source.nbytes if self.source.dtype != bucket.dtype else 0
+        stop = start + bucket.n_elements * bucket.dtype.itemsize
+        return self.slot[start:stop].view(bucket.dtype)
+
+
+@final
+class _Waiting:
+    """Which jobs wait for which keys, and the memory in which their values lie."""
+
+    def __init__(self, backlog: Backlog) -> None:
+        self._backlog = backlog
+        self._slots = Slots()
+        self._jobs: dict[Key, deque[Job]] = {}
+        self._n_jobs = 0
+
+    def reserve(self, push: Push, at_most: int) -> None:
+        """Wait until at most so many jobs wait for each key, and take memory for one more."""
+        self.wait(push.entries, at_most)
+        self._slots.reserve(_slot_bytes(bucket) for bucket in push.buckets)
+
+    def pack(
+        self, bucket: Bucket, values: list[list[Array]], updater: Updater, *, is_wide: bool
+    ) -> _Packed:
+        """Pack a bucket in memory that was reserved, and begin its update."""
+        slot = self._slots.take(_slot_bytes(bucket))
+        dtype = bucket.wide_dtype if is_wide else bucket.dtype
+        source = slot[: bucket.n_elements * dtype.itemsize].view(dtype)
+        pack_into(bucket, values, source)
+        return _Packed(bucket, slot, source, updater.begin(bucket))
+
+    def give_back(self, packed: _Packed) -> None:
+        """Give back the memory of a bucket that has been summed."""
+        self._slots.give_back(_slot_bytes(packed.bucket), packed.slot)
+
+    def add(self, keys: Iterable[Key], priority: int, run: partial[None]) -> None:
+        """Queue a job."""
+        job = Job(self._n_jobs, priority, run)
+        self._n_jobs += 1
+        self._backlog.add(job)
+        for key in keys:
+            self._jobs.setdefault(key, deque()).append(job)
+
+    def wait(self, entries: Iterable[Entry], at_most: int = 0) -> None:
+        """Wait until at most so many jobs wait for each key."""
+        for entry in entries:
+            jobs = self._jobs.get(entry.spec.key)
+            if jobs:
+                while jobs and jobs[0].done:
+                    jobs.popleft()
+                while len(jobs) > at_most:
+                    self._backlog.wait([jobs.popleft()])
+
+    def drain(self) -> None:
+        """Wait for all jobs."""
+        self._backlog.drain()
+        self._jobs.clear()
+
+
+@final
+class Overlap(Launch):
+    """A push returns once the ranks have agreed on it and its values are packed.
+
+    Sums and updates run in the backlog; a key waits for one sum at most. An updater that
+    may raise runs in line.
+
+    Parameters
+    ----------
+    engine : Engine
+    leads : bool
+        Whether this is rank 0.
+    """
+
+    def __init__(self, engine: Engine, *, leads: bool) -> None:
+        self._engine = engine
+        self._backlog = Backlog(leads=leads, agree=engine.from_rank_0, failed=self._abort)
+        self._waiting = _Waiting(self._backlog)
+
+    def reserve(self, push: Push, updater: Updater) -> Call:
+        """Wait until no sum waits for these keys, too."""
+        if updater.may_raise:
+            self.drain()
+        else:
+            self._waiting.reserve(push, at_most=0)
+        return self._engine.reserve(push, updater)
+
+    def push(
+        self,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        call: Call,
+        *,
+        plain: bool,
+        priority: int,
+    ) -> None:
+        """Agree, pack, and leave sum and update to the backlog: a job a bucket."""
+        flags = self._engine.agree(push, call, values, plain=plain)
+        if updater.may_raise:
+            self._engine.push_agreed(push, values, updater, flags)
+            return
+        try:
+            for bucket in push.buckets:
+                is_wide = self._engine.packed_dtype(bucket, flags) != bucket.dtype
+                packed = self._waiting.pack(bucket, values, updater, is_wide=is_wide)
+                keys = [member.entry.spec.key for member in bucket.members]
+                self._waiting.add(keys, priority, partial(self._sum, packed))
+        except BaseException as error:
+            self._engine.abort(push.call.name, error)
+            raise
+
+    def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
+        """Wait for the sums of these keys."""
+        self._waiting.wait(entries)
+
+    def drain(self) -> None:
+        """Wait for all sums."""
+        self._waiting.drain()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._backlog.stop()
+
+    @property
+    def ident(self) -> int | None:
+        """None: the user's code does not run beside the caller."""
+        return None
+
+    @property
+    def ended(self) -> str:
+        """Never anything: a sum that fails ends the job."""
+        return ""
+
+    def _sum(self, packed: _Packed) -> None:
+        self._engine.sum_packed(packed.bucket, packed.source, packed.sink)
+        self._waiting.give_back(packed)
+
+    def _abort(self, error: BaseException) -> None:
+        self._engine.abort("a push that runs behind its caller", error)
+
+
+@final
+class Late(Launch):
+    """A push returns at once; the ranks agree on it, sum and update when all have come to it.
+
+    In the order of the pushes, so that all replicas pass through the same versions.
+
+    Parameters
+    ----------
+    engine : Engine
+    agreement : Agreement
+        The one that the engine has, for this store alone.
+    staleness : int
+        How many pushes of a key may wait when a push returns.
+    """
+
+    def __init__(self, engine: Engine, agreement: Agreement, *, staleness: int) -> None:
+        self.reading = threading.RLock()
+        self._engine = engine
+        self._agreement = agreement
+        self._staleness = staleness
+        # Jobs run by their numbers, which are the same everywhere: nobody need be asked.
+        self._backlog = Backlog(leads=True, agree=lambda number: number, failed=self._abort)
+        self._waiting = _Waiting(self._backlog)
+
+    def reserve(self, push: Push, updater: Updater) -> Call:
+        """Wait until fewer pushes wait for these keys than may, too."""
+        if updater.assigns:
+            raise ArgumentError(
+                "a push to a 'dist_async' store needs an updater: call set_optimizer or "
+                "set_updater first"
+            )
+        if not updater.keeps_settings:
+            self.drain()
+        self._waiting.reserve(push, at_most=max(self._staleness - 1, 0))
+        return self._engine.reserve(push, updater)
+
+    def push(
+        self,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        call: Call,
+        *,
+        plain: bool,
+        priority: int,
+    ) -> None:
+        """Pack, and leave all else to the backlog: one job."""
+        packed = [
+            self._waiting.pack(bucket, values, updater, is_wide=True) for bucket in push.buckets
+        ]
+        keys = [entry.spec.key for entry in push.entries]
+        self._waiting.add(keys, 0, partial(self._run, push, packed, updater, call))
+        if self._staleness == 0 or not updater.keeps_settings:
+            self._waiting.wait(push.entries)
+
+    def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
+        """Wait for the pushes of these keys; a pull does not."""
+        if not to_read:
+            self._waiting.wait(entries)
+
+    def drain(self) -> None:
+        """Wait for all pushes."""
+        self._waiting.drain()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._backlog.stop()
+
+    @property
+    def ident(self) -> int | None:
+        """The backlog's thread."""
+        return self._backlog.ident
+
+    @property
+    def ended(self) -> str:
+        """Which error of a push it was."""
+        return self._backlog.failure
+
+    def _run(self, push: Push, parts: Sequence[_Packed], updater: Updater, call: Call) -> None:
+        try:
+            self._agreement.confirm(call)
+        except Exception as error:
+            raise SharedError(error) from error
+        failure: BaseException | None = None
+        for packed in parts:
+            bucket = packed.bucket
+            total = packed.total
+            self._engine.sum_packed_whole(bucket, packed.source, total)
+            if failure is None:
+                update = partial(packed.sink, 0, bucket.n_elements, total)
+                with self.reading:
+                    failure = self._engine.try_update(update)
+            self._waiting.give_back(packed)
+        if not updater.may_raise:
+            if failure is not None:
+                raise failure
+            return
+        with self.reading:
+            told = self._engine.mend(push, updater, failure)
+        if told is not None:
+            raise SharedError(told)
+
+    def _abort(self, error: BaseException) -> None:
+        self._engine.abort("a push that runs behind its caller", error)
+
+
+def _slot_bytes(bucket: Bucket) -> int:
+    """Say what a bucket takes when it is packed; in two dtypes, if its sums are wider."""
+    both = bucket.wide_dtype.itemsize + bucket.is_small_float * bucket.dtype.itemsize
+    return bucket.n_elements * both
