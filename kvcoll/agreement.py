@@ -11,7 +11,9 @@ agreement and the collective that follows it.
 The comparison is a dissemination (Hensgen, Finkel, Manber 1988): in round k each
 rank tells rank + 2^k what it has seen, so after ceil(log2(size)) rounds each rank
 knows the join of all. That is exact because the join is idempotent: equal digests
-stay, different ones become `_DIFFERENT`; flags are or-ed.
+stay, different ones become `_DIFFERENT`; flags are or-ed. A rank that has joined, and
+takes part in whatever the others do, is below every digest: it takes theirs. Then one of
+them says in words what it is, and the ranks agree once more.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NoReturn, final
+from typing import Any, NoReturn, final
 
 from .errors import (
     RankLeftError,
@@ -40,10 +42,12 @@ _STATE = struct.Struct("<QQQ")  # digest, number of the agreement, flags
 _DIFFERENT = 1
 _REFUSED = 2
 _LEFT = 3
+_JOINED = 4
 _FIRST = 16  # or-ed into every other digest, so that none is one of the words above
 _CLOSE = 0x5AFE5C105ED00000
 _STORE_STEP = 0x9E3779B97F4A7C15 & ~31  # leaves the words above what they are
 _MASK = 2**64 - 1
+_SOME_JOINED = 1 << 63  # a flag
 _EXIT = "exit"
 _SHOWN_GROUPS = 6
 
@@ -60,11 +64,14 @@ class Call:
         64 bits over everything that must be equal on all ranks.
     items : sequence of str
         The same in words, one part each; compared only when digests differ.
+    keys : list of int or of str, or an int or a str; optional
+        What is pushed, for ranks that have joined.
     """
 
     name: str
     digest: int
     items: Sequence[str] = field(default=(), repr=False)
+    keys: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,27 @@ class Agreement(ABC):
         """Tell all ranks a text; give those of all, by rank. All ranks call it."""
 
     @abstractmethod
+    def serve(self) -> Call | None:
+        """Wait for the next call of the ranks that have not joined.
+
+        Returns
+        -------
+        Call or None
+            What they do, with `name` and `keys` only; this rank then does the same. None
+            when all ranks have joined.
+
+        Raises
+        ------
+        KVCollError
+            As `confirm`.
+        """
+
+    @property
+    @abstractmethod
+    def num_active(self) -> int:
+        """How many ranks had not joined at the last push."""
+
+    @abstractmethod
     def close(self) -> None:
         """Agree that the store is closed, on all ranks.
 
@@ -178,6 +206,15 @@ class Alone(Agreement):
     def tell(self, text: str) -> list[str]:
         """Give the one text there is."""
         return [text]
+
+    def serve(self) -> Call | None:
+        """Return at once: there are no others."""
+        return None
+
+    @property
+    def num_active(self) -> int:
+        """One."""
+        return 1
 
     def close(self) -> None:
         """Return at once."""
@@ -233,6 +270,7 @@ class AcrossRanks(Agreement):
             ((rank + 2**k) % size, (rank - 2**k) % size) for k in range((size - 1).bit_length())
         ]
         self._number = 0
+        self._num_active = size
         self._n_stores = 0
         self._open: set[int] = set()
         self._ended = ""
@@ -261,6 +299,11 @@ class AcrossRanks(Agreement):
         """Whether a store uses it."""
         return bool(self._open)
 
+    @property
+    def num_active(self) -> int:
+        """How many ranks had not joined at the last push, of whatever store."""
+        return self._num_active
+
     def settle(self) -> None:
         """Wait for farewells that are under way."""
         while self._leaving:
@@ -273,10 +316,26 @@ class AcrossRanks(Agreement):
 
     def confirm(self, call: Call, flags: int = 0, store: int = 0) -> int:
         """Compare digests; see `Agreement.confirm`."""
-        digest, flags = self._join((call.digest + store * _STORE_STEP) & _MASK | _FIRST, flags)
+        own = (call.digest + store * _STORE_STEP) & _MASK | _FIRST
+        digest, flags = self._join_all(own, flags, call, store)
         if digest == _DIFFERENT:
             raise self._verdict(Report(self._named(call.name, store), tuple(call.items)))
         return flags
+
+    def serve(self, store: int = 0) -> Call | None:
+        """Take part in the next agreement as one that has joined; see `Agreement.serve`."""
+        digest, _ = self._join(_JOINED, _SOME_JOINED)
+        if digest == _DIFFERENT:
+            raise self._verdict(Report(self._named("the end of join()", store)))
+        if digest == _JOINED:
+            return None
+        told = [json.loads(raw) for raw in self._all_texts(b"null")]
+        name, keys, its_store = next(one for one in told if one is not None)
+        if its_store != store:
+            name, keys = f"{name} of another store", None
+        if keys is not None:
+            self._num_active = sum(one is not None for one in told)
+        return Call(name, 0, (), keys)
 
     def refuse(self, call_name: str, error: Exception, store: int = 0) -> NoReturn:
         """Raise what all ranks raise, from this rank's own error."""
@@ -294,7 +353,8 @@ class AcrossRanks(Agreement):
         """Agree that a store is closed; see `Agreement.close`."""
         if self._ended:
             return
-        digest, _ = self._join((_CLOSE + store * _STORE_STEP) & _MASK | _FIRST, 0)
+        own = (_CLOSE + store * _STORE_STEP) & _MASK | _FIRST
+        digest, _ = self._join_all(own, 0, Call("close()", 0), store)
         if digest == _DIFFERENT:
             mine = Report(self._named("close()", store))
             reports = self._reports(mine)
@@ -332,6 +392,20 @@ class AcrossRanks(Agreement):
         while not farewell.done():
             yield
         return self._judged([Report.decode(raw) for raw in farewell.texts()])
+
+    def _join_all(self, own: int, flags: int, call: Call, store: int) -> tuple[int, int]:
+        """Join digests; tell ranks that have joined what the call is, and join once more."""
+        digest, joined = self._join(own, flags)
+        if not joined & _SOME_JOINED:
+            if call.keys is not None:
+                self._num_active = self._messenger.topology.size
+            return digest, joined
+        if digest == _DIFFERENT:
+            return digest, joined
+        texts = self._all_texts(json.dumps([call.name, call.keys, store]).encode())
+        if call.keys is not None:
+            self._num_active = sum(text != b"null" for text in texts)
+        return self._join(own, flags)
 
     def _join(self, digest: int, flags: int) -> tuple[int, int]:
         if self._is_held:
@@ -396,6 +470,13 @@ class _OfStore(Agreement):
     def tell(self, text: str) -> list[str]:
         return self._ranks.tell(text)
 
+    def serve(self) -> Call | None:
+        return self._ranks.serve(self._number)
+
+    @property
+    def num_active(self) -> int:
+        return self._ranks.num_active
+
     def close(self) -> None:
         self._ranks.close(self._number)
 
@@ -416,8 +497,13 @@ def _nap() -> None:
 
 def _joined(digest: int, number: int, received: bytearray) -> tuple[int, int]:
     their_digest, their_number, their_flags = _STATE.unpack_from(received)
-    equal = their_digest == digest and their_number == number
-    return (digest if equal else _DIFFERENT), their_flags
+    if their_number != number:
+        return _DIFFERENT, their_flags
+    if their_digest == digest or (their_digest == _JOINED and digest & _FIRST):
+        return digest, their_flags
+    if digest == _JOINED and their_digest & _FIRST:
+        return their_digest, their_flags
+    return _DIFFERENT, their_flags
 
 
 def verdict(reports: list[Report]) -> Exception:

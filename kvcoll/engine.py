@@ -217,7 +217,8 @@ class Engine:
         own = updater.digest(push.buckets)
         if push is not self._last[0] or own != self._last[1]:
             items = (*push.call.items, updater.describe())
-            self._last = push, own, Call(push.call.name, push.call.digest ^ own, items)
+            call = Call(push.call.name, push.call.digest ^ own, items, push.call.keys)
+            self._last = push, own, call
         return self._last[2]
 
     def _reserve(self, dtype: DType, n_elements: int, *, unless: bool) -> None:

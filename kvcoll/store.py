@@ -29,6 +29,7 @@ from .errors import (
     ArgumentError,
     KeyExistsError,
     KeyNotFoundError,
+    RanksDisagreeError,
     text_of,
 )
 from .guard import Guard, Reading
@@ -513,6 +514,43 @@ KeyKindError, ArrayError
         """Do as `barrier`: MXNet's name for it."""
         self.barrier()
 
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Let the others go on when this rank has no more batches; called by all ranks.
+
+        At the end of the with-block a rank waits until the others have come to the end of
+        theirs. Meanwhile it takes part in what they do: it pushes zeros where they push,
+        updates its replica as they do, and waits at their barriers. So ranks may make
+        different numbers of pushes in the block, and all leave it together, with replicas
+        that are the same bits. `num_active` says over how many ranks a sum was taken.
+
+        Raises
+        ------
+        RanksDisagreeError
+            At the end of the block, and in the other ranks' call: they call something
+            else than `push`, `pushpull`, `barrier` and what is local, or of another store,
+            or have changed a setting of the optimizer that this rank does not know of.
+        KVCollError
+            What a push of the others has raised on all ranks.
+
+        Notes
+        -----
+        Cost: once a rank has come to the end, two agreements a call in place of one, and
+        the names of the keys. Sums take all ranks, as ever.
+        """
+        yield
+        with self._guard:
+            with self._checked("the end of join()"):
+                pass
+            while (call := self._agreement.serve()) is not None:
+                self._take_part(call)
+                self._launch.drain()
+
+    @property
+    def num_active(self) -> int:
+        """Over how many ranks the last push was summed: all but those at the end of `join`."""
+        return self._agreement.num_active
+
     def close(self) -> None:
         """Give back communicators and memory; called by all ranks. Twice does nothing.
 
@@ -576,6 +614,23 @@ KeyKindError, ArrayError
             yield
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._refuse(name, error)
+
+    def _take_part(self, call: Call) -> None:
+        """Do what the other ranks do, with nothing of this rank's own."""
+        if call.name == _BARRIER.name:
+            self._agreement.confirm(_BARRIER)
+        elif call.keys is None:
+            error = RanksDisagreeError(
+                f"rank {self.rank} is at the end of join(), others called {call.name}: only push, "
+                "pushpull and barrier can be called once a rank has come to the end"
+            )
+            self._agreement.refuse("the end of join()", error)
+        else:
+            zeros = [
+                np.zeros(entry.spec.shape, entry.spec.dtype)
+                for entry in self._plan(call.keys).given
+            ]
+            self._push(call.keys, zeros if isinstance(call.keys, list) else zeros[0], 0)
 
     def _refuse(self, name: str, error: Exception) -> NoReturn:
         """Tell the other ranks of a mistake, once they have come to it."""
@@ -687,7 +742,8 @@ KeyKindError, ArrayError
         place = {entry.spec.key: number for number, entry in enumerate(ordered)}
         specs = [entry.spec for entry in given]
         items = [str(spec) for spec in specs]
-        call = Call(f"push({_shown(specs)})", digest("push", *items), items)
+        told = keys if is_list else keys[0]
+        call = Call(f"push({_shown(specs)})", digest("push", *items), items, told)
         push = Push(call, tuple(ordered), tuple(plan_buckets(ordered)))
         own: tuple[Array, ...] = ()
         if len(ordered) == len(keys) and all(k in self._own for k in keys):
