@@ -6,7 +6,8 @@ are summed over devices and ranks and update each rank's replica, and ``pull`` v
 
 from . import errors, optimizer
 from ._version import __version__
+from .base import KVStoreBase
 from .create import create
 from .store import KVStore
 
-__all__ = ["KVStore", "__version__", "create", "errors", "optimizer"]
+__all__ = ["KVStore", "KVStoreBase", "__version__", "create", "errors", "optimizer"]

@@ -9,19 +9,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from . import farewell
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
+from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
 from .errors import ArgumentError, ThreadError, text_of
 from .launch import InLine, Late, Launch, Overlap
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
 from .store import KVStore
+from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
 
@@ -42,6 +44,42 @@ _VERSIONS = (__version__, np.__version__)
 _CREATED = Call("the end of create()", digest("created"))
 
 
+_Name = Literal[
+    "local",
+    "local_update_cpu",
+    "local_allreduce_cpu",
+    "device",
+    "local_allreduce_device",
+    "dist",
+    "dist_sync",
+    "dist_async",
+]
+
+
+@overload
+def create(
+    name: _Name = "local",
+    *,
+    comm: Any = None,
+    reproducible: bool = False,
+    overlap: bool | str = False,
+    staleness: int | None = None,
+    create_limit_s: float = _CREATE_LIMIT_S,
+) -> KVStore: ...
+
+
+@overload
+def create(
+    name: str,
+    *,
+    comm: Any = None,
+    reproducible: bool = False,
+    overlap: bool | str = False,
+    staleness: int | None = None,
+    create_limit_s: float = _CREATE_LIMIT_S,
+) -> Any: ...
+
+
 def create(
     name: str = "local",
     *,
@@ -50,7 +88,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     create_limit_s: float = _CREATE_LIMIT_S,
-) -> KVStore:
+) -> KVStoreBase:
     """Make a key-value store.
 
     Parameters
@@ -85,6 +123,8 @@ def create(
     Returns
     -------
     KVStore
+        Or the store of others that was registered by this name (`KVStoreBase.register`),
+        which takes no options; or ``'teststore'``, which has `broadcast` and `pushpull` only.
 
     Raises
     ------
@@ -107,8 +147,12 @@ def create(
     if not isinstance(name, str):
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
     kind = name.lower()
+    if kind == "teststore" or kind in registered():
+        if any((comm is not None, reproducible, overlap, staleness is not None)):
+            raise ArgumentError(f"a {kind!r} store takes no options")
+        return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
-        known = ", ".join(_LOCAL + _DISTRIBUTED)
+        known = ", ".join([*OWN_NAMES, *registered()])
         raise ArgumentError(f"unknown type of store {name!r}: known are {known}")
     if not isinstance(reproducible, (bool, np.bool_)):
         raise TypeError(f"reproducible is a bool, got {reproducible!r}")

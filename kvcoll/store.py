@@ -22,6 +22,7 @@ from . import farewell
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, as_output, fill_device, native, round_to, signature
+from .base import KVStoreBase
 from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
 from .engine import Engine, Push
@@ -50,7 +51,7 @@ from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
 _Output: TypeAlias = "tuple[Array, Array, Array | None]"  # stored, host, device
 
 _NO_OUTPUT = object()
-_CAPABILITIES = ("optimizer",)
+_CAPABILITIES = (KVStoreBase.OPTIMIZER,)
 _BARRIER = Call("barrier()", digest("barrier"))
 _MOST_PLANS = 4096
 _SET_UPDATER = Call("set_updater()", digest("set_updater"))
@@ -96,7 +97,7 @@ class _Plan:
 
 
 @final
-class KVStore:
+class KVStore(KVStoreBase):
     """A key-value store; made by `create`.
 
     Every rank holds a full replica. `push` sums values over a rank's list and over

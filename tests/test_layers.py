@@ -19,6 +19,7 @@ FLOORS = {
     "_version": 0,
     "errors": 0,
     "topology": 0,
+    "base": 1,
     "dlpack": 1,
     "arrays": 2,
     "schema": 3,
@@ -38,6 +39,7 @@ FLOORS = {
     "guard": 8,
     "launch": 8,
     "store": 9,
+    "teststore": 9,
     "create": 10,
     "__init__": 11,
 }
