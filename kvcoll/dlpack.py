@@ -79,7 +79,7 @@ def bfloat16_array(producer: Any) -> npt.NDArray[Any] | None:
         tensor = _Tensor.from_address(_address(capsule, _LEGACY))
     if (tensor.code, tensor.bits, tensor.lanes) != (_BFLOAT_CODE, _BFLOAT_BITS, 1):
         return None
-    dtype = _bfloat16()
+    dtype = extension_dtype("bfloat16")
     shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
     if 0 in shape:
         return np.empty(shape, dtype)
@@ -93,6 +93,24 @@ def bfloat16_array(producer: Any) -> npt.NDArray[Any] | None:
     array: npt.NDArray[Any] = np.ndarray(shape, dtype, memory, first - low, strides)
     array.flags.writeable = not is_read_only(producer)
     return array
+
+
+def extension_dtype(name: str) -> np.dtype[Any]:
+    """Give a dtype of ml_dtypes, as bfloat16 is.
+
+    Raises
+    ------
+    MissingDependencyError
+        ml_dtypes is not installed, or is too old for it.
+    """
+    try:
+        import ml_dtypes  # noqa: F401 - makes the names known to NumPy
+
+        return np.dtype(name)
+    except (ImportError, TypeError) as error:
+        raise MissingDependencyError(
+            f"{name} arrays need ml_dtypes: pip install --upgrade ml_dtypes"
+        ) from error
 
 
 def _strides(tensor: _Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,14 +141,3 @@ def _address(capsule: Any, name: bytes) -> int:
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     address: int = pointer(capsule, name)
     return address
-
-
-def _bfloat16() -> np.dtype[Any]:
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a bfloat16 tensor needs ml_dtypes: pip install ml_dtypes"
-        ) from error
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return dtype

@@ -76,6 +76,22 @@ class LaunchError(KVCollError, RuntimeError):
     """The job was started by a launcher that does not belong to the MPI library."""
 
 
+class NoOptimizerError(KVCollError, RuntimeError):
+    """A call about an optimizer, in a store that has none."""
+
+
+class FileError(KVCollError, OSError):
+    """A file that cannot be opened, read or written."""
+
+
+class FileFormatError(KVCollError, ValueError):
+    """A file that is truncated, altered, or of another kind than the one expected."""
+
+
+class StatesMismatchError(KVCollError, ValueError):
+    """A sound file of states that are not those of this store's keys or optimizer."""
+
+
 def _tree(root: type[KVCollError]) -> list[type[KVCollError]]:
     return [root] + [leaf for child in root.__subclasses__() for leaf in _tree(child)]
 

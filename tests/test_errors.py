@@ -29,6 +29,10 @@ BUILTIN_OF: dict[type[KVCollError], type[Exception]] = {
     errors.ThreadError: RuntimeError,
     errors.MissingDependencyError: ImportError,
     errors.LaunchError: RuntimeError,
+    errors.NoOptimizerError: RuntimeError,
+    errors.FileError: OSError,
+    errors.FileFormatError: ValueError,
+    errors.StatesMismatchError: ValueError,
 }
 
 

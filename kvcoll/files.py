@@ -1,0 +1,182 @@
+"""Files that are written whole or not at all, and opened for reading: errors are named.
+
+Rules of the file: bytes only, no format, no MPI; nothing but regular files is written to
+or read, so that no device is replaced and no pipe is waited for; every OSError becomes a
+`FileError` that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import ArgumentError, FileError
+
+PIECE_BYTES = 4 << 20  # the most that is written or read at once
+
+_CURES = {
+    errno.ENOENT: "check the path, and make the folder first",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give the path of a file, not of a folder",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EACCES: "choose a place that this user may use",
+    errno.EPERM: "choose a place that this user may use",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOSPC: "free some space, or choose another folder",
+    errno.EDQUOT: "free some space, or choose another folder",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+}
+
+
+def as_path(path: object) -> str:
+    """Check a path that a user gave.
+
+    Raises
+    ------
+    TypeError
+        It is neither a str, nor bytes, nor an os.PathLike.
+    ArgumentError
+        It is empty, or holds a zero byte.
+    """
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"the path of a file is a str or a Path, got {type(path).__name__}")
+    name = os.fsdecode(path)
+    if not name or "\0" in name:
+        raise ArgumentError(f"{name!r} cannot be the path of a file: give another")
+    return name
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[int]:
+    """Give a new file that takes the place of another at the end of a with-block.
+
+    Until then it lies in the same folder, under a name of its own, and only this user may
+    read it. A block that raises leaves no trace, and the old file as it was; a process
+    that is killed may leave the new file, ``.kvcoll-*.tmp``.
+
+    Parameters
+    ----------
+    path : str
+        A link is followed, and stays.
+
+    Yields
+    ------
+    int
+        A file descriptor, for `write_all` and `os.pwrite`.
+
+    Raises
+    ------
+    FileError
+        The file cannot be written, whyever: no such folder, no right, no space.
+
+    Notes
+    -----
+    Cost: the file is synced (fsync), then renamed, then its folder is synced.
+    """
+    target = os.path.realpath(path)
+    parent = os.path.dirname(target)
+    with _named(path, "written"):
+        with contextlib.suppress(FileNotFoundError):
+            _require_regular(os.stat(target).st_mode)
+        # Opened first: what fails, fails before the old file is gone.
+        folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            descriptor, draft = tempfile.mkstemp(".tmp", ".kvcoll-", parent)  # with mode 0600
+            try:
+                yield descriptor
+                os.fchmod(descriptor, _mode_of_new_files(f"{draft}.mode"))
+                os.fsync(descriptor)
+                os.replace(draft, target)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(draft)
+                raise
+            finally:
+                os.close(descriptor)
+            _sync_folder(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[tuple[int, int]]:
+    """Open a regular file for a with-block.
+
+    Yields
+    ------
+    descriptor : int
+    n_bytes : int
+        The size of the file.
+
+    Raises
+    ------
+    FileError
+        It cannot be read, or is no regular file.
+    """
+    with _named(path, "read"):
+        # Without waiting, as opening a pipe does.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            _require_regular(status.st_mode)
+            yield descriptor, status.st_size
+        finally:
+            os.close(descriptor)
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write all bytes, where the system may take only some at once."""
+    while data:
+        data = data[os.write(descriptor, data[:PIECE_BYTES]) :]
+
+
+def read_all(descriptor: int, data: memoryview, offset: int) -> bool:
+    """Fill `data` from `offset` on; say whether the file had so many bytes."""
+    while data:
+        n = os.preadv(descriptor, [data[:PIECE_BYTES]], offset)
+        if n == 0:
+            return False
+        data, offset = data[n:], offset + n
+    return True
+
+
+@contextmanager
+def _named(path: str, done: str) -> Iterator[None]:
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        why = error.strerror or str(error)
+        cure = _CURES.get(error.errno or 0, "try another place")
+        raise FileError(f"the file {path!r} cannot be {done} ({why}): {cure}") from error
+
+
+def _require_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, and no plain file")
+
+
+def _mode_of_new_files(unused: str) -> int:
+    """Find out what the umask leaves; to ask for it is to set it, for all threads."""
+    descriptor = os.open(unused, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        os.unlink(unused)
+
+
+def _sync_folder(folder: int) -> None:
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that syncs no folders
+            raise
