@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeAlias, final
 
 import numpy as np
 
-from . import farewell
+from . import farewell, states
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, as_output, fill_device, native, round_to, signature
@@ -33,6 +33,7 @@ from .errors import (
     RanksDisagreeError,
     text_of,
 )
+from .files import as_path
 from .guard import Guard, Reading
 from .launch import InLine, Launch
 from .replica import Entry, Replica
@@ -55,6 +56,10 @@ _CAPABILITIES = (KVStoreBase.OPTIMIZER,)
 _BARRIER = Call("barrier()", digest("barrier"))
 _MOST_PLANS = 4096
 _SET_UPDATER = Call("set_updater()", digest("set_updater"))
+_LOAD_STATES = Call("load_optimizer_states()", digest("load_optimizer_states"))
+_FILE_WRITTEN = Call("the end of save_optimizer_states()", digest("file written"))
+_FILE_READ = Call("the file of load_optimizer_states()", digest("file read"))
+_MEMORY_TAKEN = Call("the end of load_optimizer_states()", digest("memory taken"))
 
 
 @dataclass
@@ -496,6 +501,102 @@ KeyKindError, ArrayError
                 call = Call(name, digest("set_optimizer", updater.digest(())))
             self._agreement.confirm(call)
             self._updater = updater
+
+    def save_optimizer_states(self, fname: Any, dump_optimizer: bool = False) -> None:
+        """Write the optimizer's states to a file; called by all ranks, written by rank 0.
+
+        Parameters
+        ----------
+        fname : str or os.PathLike
+            Rank 0's counts. The file is replaced as a whole, or stays as it was.
+        dump_optimizer : bool, default False
+            Whether loading shall bring back the optimizer's settings, too. They stand in
+            the file in any case, for people to read.
+
+        Raises
+        ------
+        NoOptimizerError
+            `set_optimizer` has not been called.
+        FileError
+            Rank 0 cannot write the file; the same error on every rank.
+        DTypeMismatchError
+            The format lacks a state's dtype: keys of long double.
+        ArgumentError
+            An optimizer of the user's own class shall be dumped.
+        TypeError
+            `fname` is no path, or `dump_optimizer` no bool.
+
+        Notes
+        -----
+        The file is in the safetensors format and has a checksum of every byte. It holds
+        all states, the master copies of 16-bit keys, and how often each key was updated
+        (which MXNet's files do not), but neither the values nor code: a file from a
+        stranger runs nothing. So an lr_scheduler, a function, is not in it. Cost: two
+        agreements, one pass over the states, and the disk; no copy is made.
+        """
+        with self._guard:
+            name = "save_optimizer_states()"
+            with self._checked(name):
+                path, entries = as_path(fname), self._replica.entries
+                saving = states.Saving(self._updater, entries, dump_optimizer=dump_optimizer)
+            self._agreement.confirm(Call(name, digest(name, bool(dump_optimizer))))
+            with self._checked(name):
+                if self.rank == 0:
+                    saving.write(path)
+            self._agreement.confirm(_FILE_WRITTEN)
+
+    def load_optimizer_states(self, fname: Any) -> None:
+        """Take the optimizer's states from a file; called by all ranks, read by rank 0.
+
+        Parameters
+        ----------
+        fname : str or os.PathLike
+            What `save_optimizer_states` has written, with any number of ranks. Rank 0's
+            counts: the other ranks need not see the file.
+
+        Raises
+        ------
+        FileError
+            Rank 0 cannot read the file.
+        FileFormatError
+            It is truncated, altered, or no file of states.
+        StatesMismatchError
+            It is of another optimizer, or of a key that the store does not have or that
+            is of another shape, dtype or number of states; the error names it.
+        NoOptimizerError
+            `set_optimizer` has not been called, and the file holds no optimizer.
+        TypeError
+            `fname` is no path.
+
+        Notes
+        -----
+        Every error is raised on every rank, and changes nothing. The file's states
+        replace all that are there: keys of the store that are not in it begin anew, as
+        with MXNet. If it was saved with `dump_optimizer`, an optimizer of the same class
+        that is set takes the file's settings and keeps its lr_scheduler; any other is
+        replaced by a new one of the file's. (MXNet replaces it always, so that the
+        caller's own object changes nothing any more.) Cost: four agreements, and one
+        MPI_Bcast of the states, which take their memory twice while they are loaded.
+        """
+        with self._guard:
+            name = "load_optimizer_states()"
+            draft = None
+            with self._checked(name):
+                path = as_path(fname)
+            self._agreement.confirm(_LOAD_STATES)
+            with self._checked(name):
+                if self.rank == 0:
+                    draft = states.read(path, self._updater, self._replica.entries)
+            self._agreement.confirm(_FILE_READ)
+            text = self._agreement.tell(draft.text if draft else "")[0]
+            with self._checked(name):
+                if draft is None:
+                    draft = states.Draft(path, text, self._updater, self._replica.entries)
+            self._agreement.confirm(_MEMORY_TAKEN)
+            for array in draft.arrays:
+                self._transport.broadcast(array)
+            self._updater = draft.apply()
+            self._plans.clear()  # they hold the states of before
 
     # Together ---------------------------------------------------------------------
 

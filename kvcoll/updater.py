@@ -16,7 +16,7 @@ from .arrays import Array, wide
 from .bucket import Bucket, Member
 from .errors import ArgumentError
 from .optimizer.base import Optimizer, Step
-from .replica import Chunk
+from .replica import Chunk, Entry
 from .schema import Key, digest
 from .transport.contract import Sink
 
@@ -175,10 +175,7 @@ class Optimize(Updater):
             self._optimizer.reserve(bucket.dtype)
             keeps_master = self._optimizer.keeps_master(bucket.dtype)
             for run in bucket.runs:
-                if run.chunk not in self._states:
-                    n = self._optimizer.n_states(bucket.dtype)
-                    own = wide(bucket.dtype)
-                    self._states[run.chunk] = [np.zeros(run.chunk.flat.size, own) for _ in range(n)]
+                self._make_states(run.chunk)
             for entry, _, _, _ in bucket.members:
                 if entry.spec.key not in self._counts:
                     if keeps_master:
@@ -255,6 +252,42 @@ class Optimize(Updater):
     def describe(self) -> str:
         """Name the optimizer and its settings."""
         return self._optimizer.describe()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+        return self._optimizer
+
+    def counts(self) -> dict[Key, int]:
+        """Give the keys that have states, each with its number of updates so far."""
+        return dict(self._counts)
+
+    def states_of(self, entry: Entry) -> list[Array]:
+        """Give the states of one key that has them, as flat arrays."""
+        return [state[entry.start : entry.stop] for state in self._states[entry.chunk]]
+
+    def adopt(self, entry: Entry, count: int) -> None:
+        """Let a key count so many updates; `states_of` it are 0 and to be filled.
+
+        Only before the first push; a key that is not adopted begins anew.
+        """
+        self._make_states(entry.chunk)
+        self._counts[entry.spec.key] = count
+
+    def all_states(self) -> list[Array]:
+        """Give the memory of all states as few flat arrays, the same on all ranks."""
+        return [state[: chunk.used] for chunk, states in self._states.items() for state in states]
+
+    def with_optimizer(self, optimizer: Optimizer) -> Optimize:
+        """Give an updater of the same states and counts, and an optimizer of equal settings."""
+        own = Optimize(optimizer)
+        own._states, own._counts = self._states, self._counts
+        return own
+
+    def _make_states(self, chunk: Chunk) -> None:
+        if chunk not in self._states:
+            n, dtype = self._optimizer.n_states(chunk.flat.dtype), wide(chunk.flat.dtype)
+            self._states[chunk] = [np.zeros(chunk.flat.size, dtype) for _ in range(n)]
 
     def _forget_factors(self) -> None:
         """Take note of settings that are no numbers, and of changed factors of keys."""
