@@ -288,3 +288,23 @@ def test_what_was_loaded_is_saved_again_byte_for_byte(
         other.save_optimizer_states(tmp_path / "other", dump_optimizer=True)
     if kv.type == "local" or kv.rank == 0:
         assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_pushes_that_still_run_behind_their_caller_are_in_the_file(
+    comm: Any, tmp_path: Path
+) -> None:
+    n = 300_000
+    with kvcoll.create("dist_sync", overlap=True) as kv, kvcoll.create("dist_sync") as other:
+        for store in (kv, other):
+            store.init(1, np.zeros(n, np.float32))
+            store.set_optimizer("sgd", learning_rate=1.0, momentum=0.5)
+            for step in range(4):
+                store.push(1, np.full(n, step + comm.rank, np.float32))
+            store.save_optimizer_states(tmp_path / ("one" if store is kv else "other"))
+            for step in range(4):
+                store.push(1, np.full(n, step, np.float32))
+            store.load_optimizer_states(tmp_path / ("one" if store is kv else "other"))
+            store.push(1, np.full(n, -1, np.float32))
+        if comm.rank == 0:
+            assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+        np.testing.assert_array_equal(kv.pull(1), other.pull(1))
