@@ -176,7 +176,7 @@ class Draft:
             self._new_optimizer.num_update = self._num_update
             return self._states
         if self._old is not self._new_optimizer:
-            self._old.take_settings(self._new_optimizer)
+            recipe.take_settings(self._old, self._new_optimizer)
         self._old.num_update = self._num_update
         return self._states.with_optimizer(self._old)
 

@@ -7,12 +7,10 @@ cache, with scratch arrays given to it, so that no update allocates.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any
 
 import numpy as np
 
@@ -144,27 +142,6 @@ class Optimizer(ABC):
         ):
             words += [f"{what}[{key!r}]={table[key]!r}" for key in sorted(table, key=repr)]
         return tuple(words)
-
-    def arguments(self) -> dict[str, Any]:
-        """Give by name what the constructor makes this optimizer of again, as it is now.
-
-        All but `lr_scheduler`. An argument is an attribute of the same name: a subclass
-        that keeps one under another name adds it to what this gives.
-        """
-        known = {**vars(self), "learning_rate": self.lr, "param_idx2name": self._names}
-        names = inspect.signature(type(self)).parameters
-        return {name: known[name] for name in names if name in known and name != "lr_scheduler"}
-
-    def factors(self) -> tuple[dict[Key, float], dict[Key, float]]:
-        """Give what `set_lr_mult` and `set_wd_mult` take to make the multipliers of now."""
-        return dict(self._lr_mult), dict(self._wd_mult)
-
-    def take_settings(self, other: Optimizer) -> None:
-        """Become as another optimizer of the same class; the schedule stays as it is."""
-        kept = {"lr_scheduler", "_counts", "_scratch"}
-        version = self.version + 1
-        vars(self).update({name: it for name, it in vars(other).items() if name not in kept})
-        self.version = version
 
     def describe(self) -> str:
         """Write name and settings as messages do."""

@@ -1,12 +1,13 @@
 """An optimizer's settings as plain data, and an optimizer made of them again.
 
 Rules of the file: what comes in may be a stranger's; it is used as numbers and as names of
-kvcoll's own optimizers and of their arguments, and can be nothing else.
+kvcoll's own optimizers and of their arguments, and can be nothing else. Each argument of
+an optimizer is its attribute of the same name, unless `arguments_of` says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,22 @@ def is_own(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("kvcoll.")
 
 
+def arguments_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Give by name what the constructor makes the optimizer of again, but its schedule."""
+    kept = vars(optimizer)
+    known = {**kept, "learning_rate": kept["lr"], "param_idx2name": kept["_names"]}
+    names = inspect.signature(type(optimizer)).parameters
+    return {name: known[name] for name in names if name != "lr_scheduler"}
+
+
+def take_settings(optimizer: Optimizer, other: Optimizer) -> None:
+    """Make an optimizer as another of its class is; its schedule stays as it is."""
+    own = {"lr_scheduler", "version", "_counts", "_scratch"}
+    kept = {name: value for name, value in vars(other).items() if name not in own}
+    vars(optimizer).update(kept)
+    optimizer.version += 1
+
+
 def recipe_of(optimizer: Optimizer) -> dict[str, Any]:
     """Give all settings of one of kvcoll's optimizers, but its schedule, as JSON holds them.
 
@@ -32,14 +49,14 @@ def recipe_of(optimizer: Optimizer) -> dict[str, Any]:
     ArgumentError
         A setting is no number.
     """
-    arguments = optimizer.arguments()
-    names: Mapping[Key, str] = arguments.pop("param_idx2name")
-    lr_mult, wd_mult = optimizer.factors()
+    arguments = arguments_of(optimizer)
+    names = arguments.pop("param_idx2name")
+    kept = vars(optimizer)
     return {
         "arguments": {word: _plain(word, value) for word, value in arguments.items()},
         "param_idx2name": [[key, str(name)] for key, name in names.items()],
-        "lr_mult": [[key, float(factor)] for key, factor in lr_mult.items()],
-        "wd_mult": [[key, float(factor)] for key, factor in wd_mult.items()],
+        "lr_mult": [[key, float(factor)] for key, factor in kept["_lr_mult"].items()],
+        "wd_mult": [[key, float(factor)] for key, factor in kept["_wd_mult"].items()],
         "has_lr_scheduler": optimizer.lr_scheduler is not None,
     }
 
@@ -53,7 +70,7 @@ def make(name: str, recipe: Any) -> Optimizer:
         It is no such recipe.
     """
     try:
-        usual = create(name).arguments()
+        usual = arguments_of(create(name))
         arguments = dict(recipe["arguments"])
         for word, value in arguments.items():
             _check(word, value, usual[word])
