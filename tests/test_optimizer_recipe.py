@@ -62,7 +62,9 @@ def test_settings_are_those_of_now_to_the_last_digit() -> None:
     sgd.set_wd_mult({"a_weight": np.float64(0.3)})
     made = make("SGD", json.loads(json.dumps(recipe_of(sgd))))
     assert made.settings() == sgd.settings()
-    assert [made.multipliers(key) for key in (1, 2, 3)] == [(3, 0.3), (0.1, 0), (1, 1)]
+    assert [made.multipliers(key) for key in (1, 2, 3)] == [sgd.multipliers(k) for k in (1, 2, 3)]
+    table = ["lr_mult['b_bias']=0.1", "lr_mult[1]=3.0", "wd_mult['a_weight']=0.3"]
+    assert set(table) < set(made.names_and_factors())
 
 
 def test_a_schedule_is_not_kept_but_known_of() -> None:
