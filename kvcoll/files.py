@@ -57,7 +57,7 @@ def replacing(path: str) -> Iterator[int]:
 
     Until then it lies in the same folder, under a name of its own, and only this user may
     read it. A block that raises leaves no trace, and the old file as it was; a process
-    that is killed may leave the new file, ``.kvcoll-*.tmp``.
+    that is killed may leave ``.kvcoll-*.tmp`` beside it, which nobody needs any more.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def replacing(path: str) -> Iterator[int]:
                 raise
             finally:
                 os.close(descriptor)
-            _sync_folder(folder)
+            _sync_folder(folder, path)
         finally:
             os.close(folder)
 
@@ -174,9 +174,12 @@ def _mode_of_new_files(unused: str) -> int:
         os.unlink(unused)
 
 
-def _sync_folder(folder: int) -> None:
+def _sync_folder(folder: int, path: str) -> None:
     try:
         os.fsync(folder)
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system that syncs no folders
-            raise
+            raise FileError(
+                f"the file {path!r} is written, but its folder cannot be synced "
+                f"({error.strerror}): the old one may be back after a crash of the machine"
+            ) from error

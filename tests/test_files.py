@@ -146,6 +146,27 @@ def test_a_call_of_the_system_that_fails_leaves_all_as_it_was(
     assert alone(old)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_a_folder_that_cannot_be_synced_is_told_once_the_file_is_there(
+    old: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr("kvcoll.files.os.fsync", fail)
+    if number == errno.EINVAL:  # of file systems that do not have it
+        write(old)
+    else:
+        with pytest.raises(FileError, match="is written, but its folder cannot be synced"):
+            write(old)
+    assert old.read_bytes() == NEW
+    assert alone(old)
+
+
 @pytest.mark.parametrize("n_bytes", [0, 1, 4096, len(NEW) - 1])
 def test_a_disk_that_is_full_leaves_all_as_it_was(old: Path, n_bytes: int) -> None:
     with longest_file(n_bytes), pytest.raises(FileError, match="File too large"):
