@@ -304,11 +304,13 @@ def test_what_was_loaded_is_saved_again_byte_for_byte(
         assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["overlap", "dist_async"])
 def test_pushes_that_still_run_behind_their_caller_are_in_the_file(
-    comm: Any, tmp_path: Path
+    comm: Any, tmp_path: Path, kind: str
 ) -> None:
     n = 300_000
-    with kvcoll.create("dist_sync", overlap=True) as kv, kvcoll.create("dist_sync") as other:
+    name, overlap = ("dist_sync", True) if kind == "overlap" else (kind, False)
+    with kvcoll.create(name, overlap=overlap) as kv, kvcoll.create("dist_sync") as other:
         for store in (kv, other):
             store.init(1, np.zeros(n, np.float32))
             store.set_optimizer("sgd", learning_rate=1.0, momentum=0.5)
@@ -321,4 +323,6 @@ def test_pushes_that_still_run_behind_their_caller_are_in_the_file(
             store.push(1, np.full(n, -1, np.float32))
         if comm.rank == 0:
             assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+        kv.barrier()
+        other.barrier()
         np.testing.assert_array_equal(kv.pull(1), other.pull(1))
