@@ -79,7 +79,7 @@ def test_all_replicas_pass_through_the_same_versions(comm: Any, staleness: int) 
 
 def test_the_optimizer_goes_through_the_same_bits_as_in_a_synchronous_store(comm: Any) -> None:
     keys = ["p", "q"]
-    firsts = [np.ones(5000, np.float32), np.ones((3, 2), np.float16)]
+    firsts: list[Any] = [np.ones(5000, np.float32), np.ones((3, 2), np.float16)]
     stores = [kvcoll.create(name) for name in ("dist_sync", "dist_async")]
     for kv in stores:
         kv.init(keys, firsts)

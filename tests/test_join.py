@@ -28,7 +28,7 @@ def add(key: object, value: Any, stored: Any) -> None:
 
 
 def pushed(rank: int, step: int) -> int:
-    return (rank + 1) * 10**step
+    return (rank + 1) * int(10**step)
 
 
 def test_a_rank_that_has_run_out_adds_zeros_and_keeps_its_replica_in_step(

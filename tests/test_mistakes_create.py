@@ -17,13 +17,13 @@ CREATE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no such name": (lambda: kvcoll.create("foo"), ArgumentError, "local, local_update_cpu"),
     "an empty name": (lambda: kvcoll.create(""), ArgumentError, "unknown type of store ''"),
     "spaces": (lambda: kvcoll.create(" local"), ArgumentError, "unknown type"),
-    "an int": (lambda: kvcoll.create(3), TypeError, "is a str, got int"),  # type: ignore[arg-type]
-    "None": (lambda: kvcoll.create(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
+    "an int": (lambda: kvcoll.create(3), TypeError, "is a str, got int"),  # type: ignore[call-overload]
+    "None": (lambda: kvcoll.create(None), TypeError, "got NoneType"),  # type: ignore[call-overload]
     "comm as text": (
         lambda: kvcoll.create("dist_sync", comm="x"), ArgumentError, "'x' of type str"),
     "comm of a local store": (
         lambda: kvcoll.create("local", comm=object()), ArgumentError, "one process"),
-    "an unknown option": (lambda: kvcoll.create("local", foo=1), TypeError, "foo"),  # type: ignore[call-arg]
+    "an unknown option": (lambda: kvcoll.create("local", foo=1), TypeError, "foo"),  # type: ignore[call-overload]
 }
 # fmt: on
 

@@ -75,7 +75,7 @@ def bits(kv: KVStore) -> list[bytes]:
 
 def another(kv: KVStore, like: list[Array]) -> KVStore:
     """Make one more store of the same type with the same keys."""
-    store = kvcoll.create(kv.type)
+    store: KVStore = kvcoll.create(kv.type)
     store.init(list(SHAPES), like)
     return store
 
