@@ -85,6 +85,12 @@ def bits(array: Array) -> bytes:
     return array.tobytes()
 
 
+def message(turn: int, source: int, dest: int, n: int) -> Array:
+    """Give what one rank sends to another."""
+    n = 0 if (source + 2 * dest + turn) % 5 == 4 else n + source
+    return np.random.default_rng([turn, source, dest]).integers(0, 256, n, np.uint8)
+
+
 class TransportContract(ABC):
     """The suite; `edges_bytes` are sizes of an array at which the transport changes its way.
 
@@ -266,6 +272,37 @@ class TransportContract(ABC):
                 buffer = arrays[rank].copy()
                 transport.broadcast(buffer, root)
                 check(buffer, arrays[root])
+
+    def test_bytes_go_to_every_rank_and_come_from_every_rank(self, transport: Transport) -> None:
+        rank, size = transport.topology.rank, transport.topology.size
+        others = [k for k in range(size) if k != rank]
+        under_way = []
+        for turn, n in enumerate(self.sizes(1)):
+            # Not all of one length, and none at all between some.
+            sent = {k: message(turn, rank, k, n) for k in others}
+            received = {k: np.zeros(message(turn, k, rank, n).size, np.uint8) for k in others}
+            under_way.append((received, transport.start_all_to_all(sent, received)))
+        for (received, exchange), (turn, n) in zip(
+            under_way, enumerate(self.sizes(1)), strict=True
+        ):
+            exchange.wait()
+            for k in others:
+                np.testing.assert_array_equal(received[k], message(turn, k, rank, n))
+
+    def test_some_ranks_may_have_messages_while_others_have_none(
+        self, transport: Transport
+    ) -> None:
+        rank, size = transport.topology.rank, transport.topology.size
+        for n in self.sizes(1):
+            sent, received = dict[int, Array](), dict[int, Array]()
+            if rank == 0:
+                sent = {k: message(0, 0, k, n) for k in range(1, size)}
+            else:
+                received = {0: np.zeros(message(0, 0, rank, n).size, np.uint8)}
+            if sent or received:
+                transport.start_all_to_all(sent, received).wait()
+            if received:
+                np.testing.assert_array_equal(received[0], message(0, 0, rank, n))
 
     def test_calls_of_all_kinds_and_sizes_follow_one_another(
         self, transport: Transport, check: Check

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 import numpy as np
 
 from ..arrays import Array, DType, round_to
 from ..topology import Topology
-from .contract import Sink, Transport, Window
+from .contract import Exchange, Sink, Transport, Window
 
 
 @final
@@ -42,8 +43,20 @@ class AloneTransport(Transport):
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Do nothing: the root is this rank."""
 
+    def start_all_to_all(
+        self, sent: Mapping[int, Array], received: Mapping[int, Array]
+    ) -> Exchange:
+        """Do nothing: a rank sends itself nothing."""
+        return _Nothing()
+
     def abort(self, why: str) -> None:
         """Do nothing: nobody waits."""
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
+
+
+@final
+class _Nothing(Exchange):
+    def wait(self) -> None:
+        """Do nothing."""

@@ -8,7 +8,7 @@ what can fail on one rank alone is done before the call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -102,6 +102,28 @@ class Transport(ABC):
         """Copy the contiguous array of rank `root` into that of every rank."""
 
     @abstractmethod
+    def start_all_to_all(
+        self, sent: Mapping[int, Array], received: Mapping[int, Array]
+    ) -> Exchange:
+        """Begin to send bytes to some of the other ranks, and to receive from some.
+
+        Several may be under way. Two ranks that have messages for each other begin them in
+        the same order; a rank that has none need not call it.
+
+        Parameters
+        ----------
+        sent : mapping of int to numpy.ndarray of uint8
+            For other ranks what they get, contiguous; nothing is sent where it is empty.
+        received : mapping of int to numpy.ndarray of uint8
+            For other ranks where to put what they send, of the same size as there.
+
+        Returns
+        -------
+        Exchange
+            Until it has been waited for, `sent` must not change nor `received` be read.
+        """
+
+    @abstractmethod
     def abort(self, why: str) -> None:
         """End the job, as this rank cannot end a sum that the others wait for.
 
@@ -111,6 +133,14 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back what the transport holds; called by all ranks, or by none."""
+
+
+class Exchange(ABC):
+    """Bytes under way between ranks."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until all have been sent and received; to be called once."""
 
 
 class Messenger(ABC):

@@ -12,7 +12,7 @@ known from the counters alone, as the comments at the waits say.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import final
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from ..arrays import Array, DType, wide
 from ..sums import Adder
 from ..topology import Topology
-from .contract import Sink, Transport, Window
+from .contract import Exchange, Sink, Transport, Window
 from .memory import SharedMemory
 
 # Measured with 2 ranks and float32: see scripts/results.
@@ -219,6 +219,12 @@ class HostTransport(Transport):
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Leave it to the transport beside."""
         self._beside.broadcast(buffer, root)
+
+    def start_all_to_all(
+        self, sent: Mapping[int, Array], received: Mapping[int, Array]
+    ) -> Exchange:
+        """Leave it to the transport beside."""
+        return self._beside.start_all_to_all(sent, received)
 
     def abort(self, why: str) -> None:
         """Leave it to the transport beside."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
@@ -18,14 +18,14 @@ from ..arrays import Array, DType, round_to, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
-from .contract import Messenger, Pending, Sink, Transport, Window
+from .contract import Exchange, Messenger, Pending, Sink, Transport, Window
 from .launcher import check_launcher
 from .memory import SharedMemory, share
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_AGREE, _TEXT, _SCATTER, _GATHER = 1, 2, 3, 4  # tags
+_AGREE, _TEXT, _SCATTER, _GATHER, _EXCHANGE = 1, 2, 3, 4, 5  # tags
 # Measured with 2 ranks on one machine: below, one message with everything costs no
 # more than MPI_Allreduce; above, each rank adding its own segment is quicker.
 _SMALL_BYTES = 16 << 10
@@ -260,6 +260,19 @@ class MpiTransport(Transport):
         for start in range(0, raw.size, self._message_bytes):
             self._comm.Bcast([raw[start : start + self._message_bytes], self._byte], root)
 
+    def start_all_to_all(
+        self, sent: Mapping[int, Array], received: Mapping[int, Array]
+    ) -> Exchange:
+        """Begin by MPI_Irecv and MPI_Isend."""
+        comm, byte = self._comm, self._byte
+        requests = [
+            comm.Irecv([to, byte], rank, _EXCHANGE) for rank, to in received.items() if to.size
+        ]
+        for rank, message in sent.items():
+            if message.size:
+                requests.append(comm.Isend([message, byte], rank, _EXCHANGE))
+        return _Exchange(requests)
+
     def abort(self, why: str) -> NoReturn:
         """Say why on stderr, and end the job (MPI_Abort)."""
         where = f"rank {self.topology.rank} of {self.topology.size}"
@@ -314,6 +327,16 @@ class MpiTransport(Transport):
         for k in self._others:
             requests.append(comm.Isend([mine.view(np.uint8), byte], k, _GATHER))
         self._wait_all(requests)
+
+
+@final
+class _Exchange(Exchange):
+    def __init__(self, requests: list[MPI.Request]) -> None:
+        self._requests = requests
+
+    def wait(self) -> None:
+        if self._requests:
+            self._requests[0].Waitall(self._requests)
 
 
 @final
