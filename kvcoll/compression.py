@@ -114,9 +114,9 @@ class Compression(ABC):
         Parameters
         ----------
         accumulated : numpy.ndarray, shape (n,)
-            The gradient plus the residual of before, in the dtype in which sums are taken;
-            `accepts` them. Becomes the new residual where the kind has one, and else stays
-            as it is.
+            The gradient plus the residual of before, in the dtype in which sums are taken,
+            finite where there is a residual. Becomes the new residual where the kind has
+            one, and else stays as it is.
         codes : numpy.ndarray of uint8
             Of the bytes that `Code.part_bytes` gives for one rank, for these elements and
             maybe others.
@@ -124,13 +124,23 @@ class Compression(ABC):
             The first of these elements, a multiple of 8.
         """
 
-    @abstractmethod
-    def accepts(self, accumulated: Array) -> bool:
-        """Say whether `encode` can represent all elements, NaN never.
+    def accepts(self, gradient: Array) -> bool:
+        """Say whether there is a code for all elements; NaN has none.
 
         A kind with a residual does not accept infinities either: they would stay in the
         residual for good, and hide every gradient to come.
+
+        Parameters
+        ----------
+        gradient : numpy.ndarray, shape (n,)
+            In the dtype in which sums are taken.
         """
+        if not gradient.size:
+            return True
+        low, high = gradient.min(), gradient.max()  # NaN if any is
+        if self.has_residual:
+            return bool(-np.inf < low and high < np.inf)
+        return not np.isnan(high)
 
     def check(self, spec: Spec) -> None:
         """Raise unless gradients of such a key can be compressed.
@@ -191,10 +201,6 @@ class TwoBit(Compression):
             np.multiply(taken, step, out=taken)
             np.subtract(piece, taken, out=piece)
 
-    def accepts(self, accumulated: Array) -> bool:
-        """Take what is finite."""
-        return _within(accumulated, np.inf, included=False)
-
     def check(self, spec: Spec) -> None:
         """Look at the threshold, too; see `Compression.check`."""
         super().check(spec)
@@ -248,10 +254,6 @@ class OneBit(Compression):
             np.subtract(taken, one, out=taken)
             np.subtract(piece, taken, out=piece)
 
-    def accepts(self, accumulated: Array) -> bool:
-        """Take what is finite."""
-        return _within(accumulated, np.inf, included=False)
-
 
 @final
 class Half(Compression):
@@ -280,24 +282,12 @@ class Half(Compression):
         for low in range(0, accumulated.size, BLOCK_ELEMENTS):
             piece = accumulated[low : low + BLOCK_ELEMENTS]
             own = words[low : low + piece.size]
-            self._words.round(piece, own)
-            if self.has_residual:
-                taken = self._floats.view(piece.dtype)[: piece.size]
-                self._words.widen(own, taken)
-                np.subtract(piece, taken, out=piece)
-
-    def accepts(self, accumulated: Array) -> bool:
-        """Take all but NaN; with error feedback only what the 16 bits can hold."""
-        limit = self._words.largest if self.has_residual else math.inf
-        return _within(accumulated, limit, included=True)
-
-
-@np.errstate(all="ignore")
-def _within(array: Array, limit: float, *, included: bool) -> bool:
-    """Say whether all elements are between -limit and limit; NaN is not."""
-    if not array.size:
-        return True
-    low, high = array.min(), array.max()
-    if included:
-        return bool(-limit <= low and high <= limit)
-    return bool(-limit < low and high < limit)
+            if not self.has_residual:
+                self._words.round(piece, own)
+                continue
+            taken = self._floats.view(piece.dtype)[: piece.size]
+            # What 16 bits cannot hold at once goes with the next pushes.
+            np.clip(piece, -self._words.largest, self._words.largest, out=taken)
+            self._words.round(taken, own)
+            self._words.widen(own, taken)
+            np.subtract(piece, taken, out=piece)

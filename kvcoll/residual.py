@@ -55,32 +55,30 @@ class Residuals:
                 self._take(bucket)
 
     def check(self, bucket: Bucket, gradient: Array) -> None:
-        """Raise unless a gradient, with what was left before, has codes.
+        """Raise unless all elements of a gradient have codes.
+
+        It looks at no residual: a push that still waits may change that.
 
         Parameters
         ----------
         bucket : Bucket
         gradient : numpy.ndarray, shape (bucket.n_elements,)
-            Of the bucket's dtype, or the one in which its sums are taken. It is not changed.
+            Of the bucket's dtype, or the one in which its sums are taken.
 
         Raises
         ------
         ArgumentError
-            It has a NaN, or something too large. The message names the key.
+            It has a NaN or, where something is left over for the next push, an infinity.
+            The message names the key.
         """
         if self._accepts(bucket, 0, bucket.n_elements, gradient):
             return
         for entry, _, start, stop in bucket.members:
             if not self._accepts(bucket, start, stop, gradient):
-                kind = self._compression.describe()
-                what = (
-                    "NaN, or something infinite or too large"
-                    if self._compression.has_residual
-                    else "NaN"
-                )
+                what = "NaN or an infinity" if self._compression.has_residual else "NaN"
                 raise ArgumentError(
-                    f"{entry.spec}, pushed {what}, for which {kind} has no code: leave the push "
-                    "out, or set_gradient_compression({'type': 'none'})"
+                    f"{entry.spec}, pushed {what}, for which {self._compression.describe()} has "
+                    "no code: leave the push out, or set_gradient_compression({'type': 'none'})"
                 )
 
     def encode(self, bucket: Bucket, gradient: Array) -> Encode:
@@ -149,18 +147,12 @@ class Residuals:
         return found
 
     def _accepts(self, bucket: Bucket, start: int, stop: int, gradient: Array) -> bool:
-        own: Array = self._joined.view(bucket.wide_dtype)
         for low in range(start, stop, BLOCK_ELEMENTS):
-            high = min(low + BLOCK_ELEMENTS, stop)
-            block = own[: high - low]
-            if self._compression.has_residual:
-                for at, residual in self._spans(bucket, low, high):
-                    part = slice(low + at, low + at + residual.size)
-                    _add(residual, gradient[part], block[at : at + residual.size])
-            elif gradient.dtype == bucket.wide_dtype:
-                block = gradient[low:high]
-            else:
-                np.copyto(block, gradient[low:high])
+            block = gradient[low : min(low + BLOCK_ELEMENTS, stop)]
+            if block.dtype != bucket.wide_dtype:
+                widened: Array = self._joined.view(bucket.wide_dtype)[: block.size]
+                np.copyto(widened, block)
+                block = widened
             if not self._compression.accepts(block):
                 return False
         return True
@@ -170,6 +162,9 @@ def _start_of(run: Run) -> int:
     return run.start
 
 
-@np.errstate(all="ignore")  # what is too large is found by `check`
+@np.errstate(all="ignore")  # nothing may raise on one rank alone
 def _add(residual: Array, gradient: Array, out: Array) -> None:
+    """Add a gradient to what was left; what overflows stays at the largest number."""
     np.add(residual, gradient, out=out, dtype=out.dtype, casting="unsafe")
+    largest = np.finfo(out.dtype).max
+    np.clip(out, -largest, largest, out=out)

@@ -187,11 +187,13 @@ def test_nan_is_never_accepted_and_infinity_only_where_nothing_is_left_over(
 @pytest.mark.parametrize(
     ("kind", "largest"), [("fp16", 65504.0), ("bf16", float.fromhex("0x1.fep127"))]
 )
-def test_error_feedback_accepts_what_the_16_bits_can_hold(kind: str, largest: float) -> None:
-    compression = made(type=kind, error_feedback=True)
-    assert compression.accepts(np.array([largest, -largest]))
-    assert not compression.accepts(np.array([1, largest * 1.01]))
-    assert not compression.accepts(np.array([1, -np.inf]))
+def test_error_feedback_sends_what_16_bits_cannot_hold_with_the_next_pushes(
+    kind: str, largest: float
+) -> None:
+    one = Ranks(made(type=kind, error_feedback=True), 1, 3, F64)
+    assert one.push([2.5 * largest, -1.5 * largest, 1]).tolist() == [largest, -largest, 1]
+    assert one.push([0, 0, 1]).tolist() == [largest, -0.5 * largest, 1]
+    assert one.push([0, 0, 1]).tolist() == [0.5 * largest, 0, 1]
 
 
 @pytest.mark.parametrize(
