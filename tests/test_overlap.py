@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, final
 
@@ -20,7 +20,7 @@ from kvcoll.errors import RanksDisagreeError, ShapeMismatchError
 from kvcoll.launch import Overlap
 from kvcoll.topology import Topology
 from kvcoll.transport.alone import AloneTransport
-from kvcoll.transport.contract import Sink, Transport, Window
+from kvcoll.transport.contract import Exchange, Sink, Transport, Window
 
 LIMIT_S = 20
 
@@ -53,6 +53,11 @@ class Gate(Transport):
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         self._alone.broadcast(buffer, root)
+
+    def start_all_to_all(
+        self, sent: Mapping[int, Array], received: Mapping[int, Array]
+    ) -> Exchange:
+        return self._alone.start_all_to_all(sent, received)
 
     def abort(self, why: str) -> None:
         self._alone.abort(why)
