@@ -53,7 +53,8 @@ class Engine:
         self._transport = transport
         self._agreement = agreement
         self._scratch: dict[DType, Array] = {}
-        self._windows: dict[Chunk, Window] = {}
+        self._values: dict[Chunk, Window] = {}  # where the stored values lie
+        self._windows: dict[Chunk, Window] = {}  # where the arrays lie that `empty` gives
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
 
     def reserve(self, push: Push, updater: Updater) -> Call:
@@ -67,13 +68,9 @@ class Engine:
 
     def copy_lent(self, push: Push, values: list[list[Array]]) -> None:
         """Copy what lies in the store's own memory, which an updater has seen and kept."""
-        scratch = list(self._scratch.values())
-        for entry, arrays in zip(push.entries, values, strict=True):
-            own = [entry.value, *scratch]
-            arrays[:] = [
-                array.copy() if any(np.may_share_memory(array, o) for o in own) else array
-                for array in arrays
-            ]
+        own = [*self._scratch.values(), *(window.own for window in self._values.values())]
+        for arrays in values:
+            arrays[:] = [_without_a_share_in(own, array) for array in arrays]
 
     def _take_memory(self, push: Push, updater: Updater) -> None:
         updater.prepare(push.buckets)
@@ -84,15 +81,30 @@ class Engine:
             self._reserve(bucket.dtype, bucket.n_elements, unless=not updater.may_raise)
         push.ready_for = updater
 
-    def open_windows(self, entries: Sequence[Entry]) -> list[Array]:
+    def place(self, drafted: Sequence[Entry]) -> None:
+        """Find for new chunks the memory that suits the transport best; collective."""
+        for entry in drafted:
+            if entry.chunk not in self._values:
+                window = self._transport.window(entry.chunk.flat)
+                self._values[entry.chunk] = window
+                entry.chunk.flat = window.own
+
+    def draft_windows(self, entries: Sequence[Entry]) -> dict[Chunk, Array]:
+        """Take the memory that `open_windows` may need."""
+        new = {entry.chunk: entry.chunk.flat for entry in entries}
+        return {
+            chunk: np.empty(flat.size, flat.dtype)
+            for chunk, flat in new.items()
+            if chunk not in self._windows
+        }
+
+    def open_windows(self, entries: Sequence[Entry], drafted: dict[Chunk, Array]) -> list[Array]:
         """Give for each key an array of its shape from which pushes need not be packed.
 
         Collective; the arrays of a key are the same at each call.
         """
-        for entry in entries:
-            if entry.chunk not in self._windows:
-                size, dtype = entry.chunk.flat.size, entry.chunk.flat.dtype
-                self._windows[entry.chunk] = self._transport.window(size, dtype)
+        for chunk, private in drafted.items():
+            self._windows[chunk] = self._transport.window(private)
         return [
             self._windows[entry.chunk].own[entry.start : entry.stop].reshape(entry.spec.shape)
             for entry in entries
@@ -207,8 +219,13 @@ class Engine:
             self._transport.broadcast(chunk.flat[start:stop])
             entries = entries[n:]
 
+    def without_a_share(self, array: Array) -> Array:
+        """Give an array that shares no memory with those that `open_windows` gave."""
+        return _without_a_share_in([window.own for window in self._windows.values()], array)
+
     def close(self) -> None:
         """Let go of all memory."""
+        self._values.clear()
         self._windows.clear()
         self._scratch.clear()
 
@@ -227,13 +244,26 @@ class Engine:
 
     def _run(self, bucket: Bucket, values: list[list[Array]], updater: Updater, flags: int) -> None:
         """Sum and update one bucket, a piece at a time where the updater allows it."""
-        if flags & _PLAIN and _sums_in_place(bucket, updater):
+        if updater.assigns and not flags & _PLAIN:
+            for run in bucket.runs:
+                if run.start < run.stop:
+                    source, out = self._windows[run.chunk], self._values[run.chunk]
+                    stop = run.chunk_start + run.stop - run.start
+                    self._transport.all_reduce_windows(source, out, run.chunk_start, stop)
+        elif _sums_in_place(bucket, updater):
+            self._assign(bucket, values, flags)
+        else:
+            self._sum_pieces(bucket, values, flags, updater.begin(bucket))
+
+    def _assign(self, bucket: Bucket, values: list[list[Array]], flags: int) -> None:
+        """Sum one bucket where its values lie."""
+        if bucket.n_elements:
             run = bucket.runs[0]
-            stored = run.chunk.flat[run.chunk_start : run.chunk_start + bucket.n_elements]
-            if bucket.n_elements:
-                self._transport.all_reduce(self._pack(bucket, values, flags, stored), stored)
-            return
-        self._sum_pieces(bucket, values, flags, updater.begin(bucket))
+            out, stop = self._values[run.chunk], run.chunk_start + bucket.n_elements
+            stored = out.own[run.chunk_start : stop]
+            packed = self._pack(bucket, values, flags, stored)
+            source = None if packed is stored else packed
+            self._transport.all_reduce_to_window(source, out, run.chunk_start, stop)
 
     def _sum(self, bucket: Bucket, values: list[list[Array]], flags: int) -> Array:
         """Sum one bucket into scratch memory, for an updater that may raise."""
@@ -275,7 +305,8 @@ class Engine:
             first = arrays[0]
             if len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous:
                 return first.reshape(-1)
-        packed = packed[: bucket.n_elements]
+        if packed.size > bucket.n_elements:
+            packed = packed[: bucket.n_elements]
         pack_into(bucket, values, packed)
         return packed
 
@@ -324,6 +355,10 @@ def _update(updater: Updater, bucket: Bucket, total: Array) -> None:
     updater.begin(bucket)(0, bucket.n_elements, total)
 
 
+def _without_a_share_in(own: list[Array], array: Array) -> Array:
+    return array.copy() if any(np.may_share_memory(array, o) for o in own) else array
+
+
 def _sums_in_place(bucket: Bucket, updater: Updater) -> bool:
-    """Say whether a bucket's sum is written straight into the replica."""
-    return updater.assigns and len(bucket.members) == 1
+    """Say whether plain arrays are packed, and summed, where the values lie."""
+    return updater.assigns and len(bucket.runs) == 1

@@ -2,13 +2,16 @@
 
 Keys that are initialised one after another are neighbours in a chunk, so that a push
 of many keys is summed and updated as one array. Rules of the file: a key never moves;
-the order of the keys in memory is the order of `init`, the same on every rank.
+memory is taken before the ranks agree, and may be given up for a better one, on all
+ranks, before the first key is in it; the order of the keys in memory is the order of
+`init`, the same on every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -29,6 +32,7 @@ class Chunk:
     Attributes
     ----------
     flat : numpy.ndarray, shape (capacity,)
+        Until a key is kept in it, another array of this size and dtype may take its place.
     used : int
         How many elements belong to keys, from the first on.
     """
@@ -48,15 +52,17 @@ class Entry:
     chunk : Chunk
     start, stop : int
         Where in the chunk, in elements.
-    value : numpy.ndarray
-        The same memory in the key's shape.
     """
 
     spec: Spec
     chunk: Chunk
     start: int
     stop: int
-    value: Array
+
+    @cached_property
+    def value(self) -> Array:
+        """The value in the key's shape; only once the entry is kept."""
+        return self.flat.reshape(self.spec.shape)
 
     @property
     def flat(self) -> Array:
@@ -74,15 +80,13 @@ class Replica:
         self._open: dict[DType, Chunk] = {}
         self._n_bytes = 0
 
-    def draft(self, specs: Sequence[Spec], values: Sequence[Array]) -> list[Entry]:
-        """Copy new values into memory, but do not count them in yet.
+    def draft(self, specs: Sequence[Spec]) -> list[Entry]:
+        """Find and take memory for new keys, but do not count them in yet.
 
         Parameters
         ----------
         specs : sequence of Spec
             Keys that the replica does not hold.
-        values : sequence of numpy.ndarray
-            For each key its value, of any dtype and layout.
 
         Returns
         -------
@@ -96,17 +100,23 @@ class Replica:
             chunks[dtype] = self._chunk_for(dtype, needed)
             used[dtype] = chunks[dtype].used
         drafted = []
-        for spec, value in zip(specs, values, strict=True):
+        for spec in specs:
             start = used[spec.dtype]
             stop = used[spec.dtype] = start + spec.n_elements
-            stored = chunks[spec.dtype].flat[start:stop].reshape(spec.shape)
-            np.copyto(stored, value, casting="unsafe")
-            drafted.append(Entry(spec, chunks[spec.dtype], start, stop, stored))
+            drafted.append(Entry(spec, chunks[spec.dtype], start, stop))
         return drafted
 
-    def keep(self, drafted: Sequence[Entry]) -> None:
-        """Count drafted values in."""
-        for entry in drafted:
+    def keep(self, drafted: Sequence[Entry], values: Sequence[Array]) -> None:
+        """Copy values in, and count them.
+
+        Parameters
+        ----------
+        drafted : sequence of Entry
+        values : sequence of numpy.ndarray
+            For each key its value, of any dtype and layout.
+        """
+        for entry, value in zip(drafted, values, strict=True):
+            np.copyto(entry.value, value, casting="unsafe")
             self.entries[entry.spec.key] = entry
             self._open[entry.spec.dtype] = entry.chunk
             entry.chunk.used = entry.stop

@@ -49,9 +49,10 @@ from .schema import (
 from .transport.contract import Transport
 from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
 
-_Output: TypeAlias = "tuple[Array, Array, Array | None]"  # stored, host, device
+_Output: TypeAlias = "tuple[Entry, Array, Array | None]"  # stored, host, device
 
 _NO_OUTPUT = object()
+_NO_VALUE = object()
 _CAPABILITIES = (KVStoreBase.OPTIMIZER,)
 _BARRIER = Call("barrier()", digest("barrier"))
 _MOST_PLANS = 4096
@@ -329,17 +330,55 @@ KeyKindError, ArrayError
         allows. All ranks must push such arrays for the push to profit.
         """
         with self._guard:
-            with self._checked("empty()"):
-                plan = self._plan(key)
-                call = Call(
-                    f"empty{plan.push.call.name[4:]}", digest("empty", plan.push.call.digest)
-                )
-            self._agreement.confirm(call)
-            arrays = self._engine.open_windows(plan.given)
-            for entry, array in zip(plan.given, arrays, strict=True):
-                self._own.setdefault(entry.spec.key, array)
-            self._plans.clear()
-            own = [self._own[entry.spec.key] for entry in plan.given]
+            plan, own = self._own_arrays("empty", key, [])
+            return own if plan.is_list else own[0]
+
+    def adopt(self, key: Any, value: Any) -> Any:
+        """Give arrays as `empty` does, filled from arrays that they are to replace.
+
+        Called by all ranks. What else refers to the arrays given must be told of the new
+        ones; with torch, whose gradients then lie where a push sums them::
+
+            keys, params = zip(*model.named_parameters())
+            grads = kv.adopt(keys, [param.grad for param in params])
+            for param, grad in zip(params, grads):
+                param.grad = torch.from_numpy(grad)
+
+            optimizer.zero_grad(set_to_none=False)  # from now on: None would let go of them
+            loss.backward()
+            kv.push(keys, grads)
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+            Initialised keys, each once.
+        value : array, or list of arrays
+            One a key, of its shape, and of a dtype that casts to the key's by NumPy's
+            ``same_kind`` rule; copied. Each may be a list of one.
+
+        Returns
+        -------
+        numpy.ndarray, or list of numpy.ndarray
+            The arrays that `empty` gives for these keys.
+
+        Raises
+        ------
+        KeyNotFoundError, ShapeMismatchError, DTypeMismatchError, ArgumentError, \
+KeyKindError, ArrayError
+            A mistake on any rank; the same error on every rank, and no array is changed.
+        RanksDisagreeError
+            The ranks give arrays for different keys.
+
+        Notes
+        -----
+        Cost: that of `empty`, and one copy.
+        """
+        with self._guard:
+            adopted: list[Array] = []
+            plan, own = self._own_arrays("adopt", key, adopted, value)
+            for array, given in zip(own, adopted, strict=True):
+                if given is not array:
+                    round_to(given, array)
             return own if plan.is_list else own[0]
 
     def view(self, key: Any) -> Any:
@@ -761,18 +800,59 @@ KeyKindError, ArrayError
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
         with self._checked("init()"):
             specs, values, is_list = self._new_values(key, value)
-            drafted = self._replica.draft(specs, values)
+            drafted = self._replica.draft(specs)
             items = [str(spec) for spec in specs]
             call = Call(f"init({_shown(specs)})", digest("init", *items), items)
             by_key = {entry.spec.key: entry for entry in drafted}
             given = [by_key[k] for k in (as_keys(key)[0])]
             outputs = [] if out is _NO_OUTPUT else _outputs(given, is_list, out)
         self._agreement.confirm(call)
+        self._engine.place(drafted)
+        self._replica.keep(drafted, values)
         self._engine.broadcast(drafted)
-        self._replica.keep(drafted)
         if drafted:
             self._kind = builtins.type(drafted[0].spec.key)
         return outputs
+
+    def _own_arrays(
+        self, name: str, key: Any, adopted: list[Array], value: Any = _NO_VALUE
+    ) -> tuple[_Plan, list[Array]]:
+        """Give the keys' own arrays; `adopted` gets what is to be copied into them."""
+        with self._checked(f"{name}()"):
+            plan = self._plan(key)
+            if value is not _NO_VALUE:
+                adopted += self._adoptable(plan, value)
+            call = Call(f"{name}{plan.push.call.name[4:]}", digest(name, plan.push.call.digest))
+            drafted = self._engine.draft_windows(plan.given)
+        self._agreement.confirm(call)
+        arrays = self._engine.open_windows(plan.given, drafted)
+        for entry, array in zip(plan.given, arrays, strict=True):
+            self._own.setdefault(entry.spec.key, array)
+        self._plans.clear()
+        return plan, [self._own[entry.spec.key] for entry in plan.given]
+
+    def _adoptable(self, plan: _Plan, value: Any) -> list[Array]:
+        """Check what is to be copied; what lies in the own arrays already, as another key's."""
+        keys = [entry.spec.key for entry in plan.given]
+        if len(plan.push.entries) < len(keys):
+            twice = next(k for number, k in enumerate(keys) if k in keys[:number])
+            raise ArgumentError(f"key {twice!r} stands twice in the list: give one array a key")
+        lists = one_per_key(keys, plan.is_list, value, "arrays")
+        adoptable: list[Array] = []
+        for entry, given in zip(plan.given, lists, strict=True):
+            key = entry.spec.key
+            if len(given) > 1:
+                raise ArgumentError(
+                    f"key {key!r}: adopt takes one array, or a list of one, got {len(given)}"
+                )
+            own = self._own.get(key)
+            if own is not None and given[0] is own:
+                adoptable.append(own)
+                continue
+            array = as_array(given[0])
+            entry.spec.check_pushed(array, "adopted")
+            adoptable.append(self._engine.without_a_share(array))
+        return adoptable
 
     def _new_values(self, key: Any, value: Any) -> tuple[list[Spec], list[Array], bool]:
         """Check what is to be initialised; in update order, so that neighbours stay so."""
@@ -882,7 +962,7 @@ def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]
     """Check outputs, and put beside each the stored value that fills it."""
     if not is_list and builtins.type(out) is np.ndarray and out.flags.writeable:
         entries[0].spec.check_output(out)
-        return [(entries[0].value, out, None)]
+        return [(entries[0], out, None)]
     lists = one_per_key([entry.spec.key for entry in entries], is_list, out, "outputs")
     outputs: list[_Output] = []
     for entry, outs in zip(entries, lists, strict=True):
@@ -894,7 +974,7 @@ def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]
                 host, device = as_output(one)
             if host.shape != spec.shape or host.dtype is not spec.dtype:
                 spec.check_output(host)
-            outputs.append((entry.value, host, device))
+            outputs.append((entry, host, device))
     return outputs
 
 
@@ -912,7 +992,8 @@ def _pull(plan: _Plan, out: Any) -> Any:
 
 
 def _fill(outputs: list[_Output]) -> None:
-    for stored, host, device in outputs:
+    for entry, host, device in outputs:
+        stored = entry.value
         if host.dtype is stored.dtype:
             np.copyto(host, stored)
         else:

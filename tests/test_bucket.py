@@ -26,7 +26,7 @@ def entries_of(specs: list[Spec], calls: list[int]) -> list[Entry]:
     start = 0
     for stop in [*calls, len(specs)]:
         part = specs[start:stop]
-        replica.keep(replica.draft(part, [np.zeros(s.shape, s.dtype) for s in part]))
+        replica.keep(replica.draft(part), [np.zeros(s.shape, s.dtype) for s in part])
         start = stop
     return [replica.entries[spec.key] for spec in specs]
 

@@ -45,8 +45,8 @@ class Gate(Transport):
         self.sums.append(float(source[0]))
         self._alone.all_reduce_pieces(source, dtype, sink)
 
-    def window(self, n_elements: int, dtype: DType) -> Window:
-        return self._alone.window(n_elements, dtype)
+    def window(self, private: Array) -> Window:
+        return self._alone.window(private)
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         self._alone.all_reduce_window(window, start, stop, sink)

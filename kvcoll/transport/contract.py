@@ -80,8 +80,15 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def window(self, n_elements: int, dtype: DType) -> Window:
-        """Give memory from which sums are quickest, zeroed or not; collective."""
+    def window(self, private: Array) -> Window:
+        """Give memory from which, and into which, sums are quickest; collective.
+
+        Parameters
+        ----------
+        private : numpy.ndarray, shape (n,)
+            What the window is where ranks share no memory: taken beforehand, so that
+            nothing fails here on one rank alone. Else a window has its size and dtype.
+        """
 
     @abstractmethod
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
@@ -96,6 +103,42 @@ class Transport(ABC):
         sink : callable
             Gets places counted from `start`.
         """
+
+    def all_reduce_to_window(
+        self, source: Array | None, out: Window, start: int, stop: int
+    ) -> None:
+        """Sum as `all_reduce`, into a part of a window.
+
+        Parameters
+        ----------
+        source : numpy.ndarray, shape (stop - start,), or None
+            As for `all_reduce`; None for what lies in that part of `out` already. Must
+            not overlap `out`.
+        out : Window
+            From `window`, the same on all ranks. Until the call returns that part holds
+            nothing of use.
+        start, stop : int
+            Which elements of `out`.
+        """
+        own = out.own[start:stop]
+        self.all_reduce(own if source is None else source, own)
+
+    def all_reduce_windows(self, source: Window, out: Window, start: int, stop: int) -> None:
+        """Sum a part of a window into the same part of another.
+
+        Parameters
+        ----------
+        source, out : Window
+            From `window`, the same on all ranks, of one dtype; not one window.
+        start, stop : int
+            Which elements.
+        """
+        own = out.own[start:stop]
+
+        def copy(low: int, high: int, total: Array) -> None:
+            own[low:high] = total
+
+        self.all_reduce_window(source, start, stop, copy)
 
     @abstractmethod
     def broadcast(self, buffer: Array, root: int = 0) -> None:

@@ -2,10 +2,13 @@
 
 Each rank writes what others need of its array into its own staging memory, adds its
 segment of every piece, in the order of the ranks, and all read the sum from a common
-place while it is in cache. Where there are several hosts, a rank sums its segment over
-the hosts before it gives it out: so all of them carry their share of what crosses the
-network, and no byte crosses it twice. Rules of the file: a rank writes only its own staging, its
-own segment and its own counters; counters only grow; what a rank may overwrite is
+place while it is in cache. Into a window, each rank adds its segment where it is to lie
+on itself, and copies it from its cache to where it is to lie on the others. Where there
+are several hosts, a rank sums its segment over the hosts before it gives it out: so all
+of them carry their share of what crosses the network, and no byte crosses it twice.
+
+Rules of the file: a rank writes only its own staging, its own segment, of others'
+windows too, and its own counters; counters only grow; what a rank may overwrite is
 known from the counters alone, as the comments at the waits say.
 """
 
@@ -26,6 +29,8 @@ from .memory import SharedMemory
 # Measured with 2 ranks and float32: see scripts/results.
 _PIECE_BYTES = 1 << 20
 _SMALLEST_PIECE_BYTES = 128 << 10
+_WINDOW_PIECE_BYTES = 1 << 20
+_ADDED_BYTES = 512 << 10  # at once, from windows: with what is added it fits a core's cache
 _SMALL_BYTES = 32 << 10
 _LINE_BYTES = 64
 _SPINS = 200  # about 20 microseconds; then the core is offered to others
@@ -129,7 +134,8 @@ class HostTransport(Transport):
         self._sums = slots[:2]
         self._flip = 0
         rows = range(self._size)
-        self._adder = Adder([rows], max(piece_bytes, 4 * small_bytes), tree=tree)
+        row_bytes = max(piece_bytes, _ADDED_BYTES, 4 * small_bytes)
+        self._adder = Adder([rows], row_bytes, tree=tree)
         self._private = np.empty(max(piece_bytes, small_bytes), np.uint8)
 
     @staticmethod
@@ -185,15 +191,15 @@ class HostTransport(Transport):
             self._added.await_all()
             sink(start, stop, total)
 
-    def window(self, n_elements: int, dtype: DType) -> Window:
-        """Give memory that the other ranks of the host can read; see `Transport.window`."""
-        row_bytes = -(-n_elements * dtype.itemsize // _LINE_BYTES) * _LINE_BYTES
+    def window(self, private: Array) -> Window:
+        """Give memory that all ranks of the host see; see `Transport.window`."""
+        row_bytes = -(-private.nbytes // _LINE_BYTES) * _LINE_BYTES
         memory = self._share(max(row_bytes * self._size, _LINE_BYTES))
         if memory is None:
-            return Window((np.empty(n_elements, dtype),))
+            return Window((private,))
         rows = memory.raw[: row_bytes * self._size].reshape(self._size, row_bytes)
-        n_bytes = n_elements * dtype.itemsize
-        return Window(tuple(row[:n_bytes].view(dtype) for row in rows), self._rank, True)
+        shown = tuple(row[: private.nbytes].view(private.dtype) for row in rows)
+        return Window(shown, self._rank, True)
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum what lies in shared memory already; see `Transport.all_reduce_window`."""
@@ -215,6 +221,48 @@ class HostTransport(Transport):
             # When all have added, all have used the sum in the other slot.
             self._added.await_all()
             sink(low, high, total)
+
+    def all_reduce_to_window(
+        self, source: Array | None, out: Window, start: int, stop: int
+    ) -> None:
+        """Sum where the ranks see it; see `Transport.all_reduce_to_window`."""
+        own = out.own[start:stop]
+        same_dtype = source is None or source.dtype is own.dtype
+        if not same_dtype or not self._is_for_windows(out, own.nbytes):
+            super().all_reduce_to_window(source, out, start, stop)
+            return
+        outs = [row[start:stop] for row in out.rows]
+        sources = outs.copy()
+        if source is not None:
+            sources[self._rank] = source
+        n, step = own.size, _WINDOW_PIECE_BYTES // wide(own.dtype).itemsize
+        self._show(source, own, 0, min(step, n))
+        for low in range(0, n, step):
+            high = min(low + step, n)
+            # When all are ready, all show this piece, and leave my segment of it to me.
+            self._ready.await_all()
+            self._add_to_all(sources, outs, low, high)
+            if high < n:
+                self._show(source, own, high, min(high + step, n))
+        self._added.raise_one()
+        self._added.await_all()  # all segments are here
+
+    def all_reduce_windows(self, source: Window, out: Window, start: int, stop: int) -> None:
+        """Sum from window to window; see `Transport.all_reduce_windows`."""
+        own = out.own[start:stop]
+        if own.nbytes <= self._small_bytes:
+            self.all_reduce(source.own[start:stop], own)
+            return
+        if not source.is_shared or not self._is_for_windows(out, own.nbytes):
+            super().all_reduce_windows(source, out, start, stop)
+            return
+        sources = [row[start:stop] for row in source.rows]
+        outs = [row[start:stop] for row in out.rows]
+        self._ready.raise_one()
+        self._ready.await_all()  # all arrays are complete, and nobody reads its `out`
+        self._add_to_all(sources, outs, 0, own.size)
+        self._added.raise_one()
+        self._added.await_all()  # all segments are here, and all arrays have been read
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Leave it to the transport beside."""
@@ -267,6 +315,32 @@ class HostTransport(Transport):
         staged[: mine.start] = piece[: mine.start]
         staged[mine.stop : piece.size] = piece[mine.stop :]
         self._ready.raise_one()
+
+    def _is_for_windows(self, out: Window, n_bytes: int) -> bool:
+        """Say whether each rank writes its segment of a sum into the windows of all."""
+        return out.is_shared and not self._several_hosts and n_bytes > self._small_bytes
+
+    def _show(self, source: Array | None, own: Array, low: int, high: int) -> None:
+        """Copy what other ranks add of a piece to where its sum is to lie, for them to see."""
+        if source is not None:
+            mine = self._segment(high - low)
+            own[low : low + mine.start] = source[low : low + mine.start]
+            own[low + mine.stop : high] = source[low + mine.stop : high]
+        self._ready.raise_one()
+
+    def _add_to_all(self, sources: list[Array], outs: list[Array], low: int, high: int) -> None:
+        """Add this rank's segment, and give it to all ranks while it is in this core's cache."""
+        mine = self._segment(high - low)
+        own = outs[self._rank]
+        others = [out for rank, out in enumerate(outs) if rank != self._rank]
+        step = _ADDED_BYTES // wide(own.dtype).itemsize
+        stop = low + mine.stop
+        for start in range(low + mine.start, stop, step):
+            part = slice(start, min(start + step, stop))
+            total = own[part]
+            self._adder.add([source[part] for source in sources], total)
+            for other in others:
+                other[part] = total
 
     def _sum_small(self, source: Array, out: Array) -> None:
         """Let every rank add everything: one wait and no second copy."""

@@ -246,9 +246,9 @@ class MpiTransport(Transport):
             self._sum_piece(source[start:stop], total)
             sink(start, stop, total)
 
-    def window(self, n_elements: int, dtype: DType) -> Window:
-        """Give plain memory: no other rank can read it."""
-        return Window((np.empty(n_elements, dtype),))
+    def window(self, private: Array) -> Window:
+        """Give private memory: no other rank can read it."""
+        return Window((private,))
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum it as any array."""
