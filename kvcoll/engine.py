@@ -227,6 +227,7 @@ class Engine:
         """Let go of all memory."""
         self._values.clear()
         self._windows.clear()
+        self._last = None, 0, _AFTER_UPDATE  # its push holds the keys' memory, too
         self._scratch.clear()
 
     def _call(self, push: Push, updater: Updater) -> Call:

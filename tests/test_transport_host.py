@@ -70,9 +70,9 @@ class ThroughMemory(TransportContract):
 
 
 class TestOneHost(ThroughMemory):
-    """As a store uses it: up to 32 KiB at once, then pieces of 1 MiB."""
+    """As a store uses it: small arrays at once, then pieces of 1 MiB."""
 
-    edges_bytes = (32 << 10,)
+    edges_bytes = (32 << 10, 64 << 10)  # as there are 4 ranks, or 2
 
     def test_large_arrays_go_in_pieces(self, transport: Transport) -> None:
         rank, size = transport.topology.rank, transport.topology.size
@@ -84,8 +84,8 @@ class TestOneHost(ThroughMemory):
 
 
 class TestOneHostInSmallPieces(ThroughMemory):
-    piece_bytes = 64 << 10
-    edges_bytes = (32 << 10, 128 << 10)
+    piece_bytes = 16 << 10
+    edges_bytes = (16 << 10, 64 << 10, 128 << 10)
 
 
 class TestOneHostInATree(ThroughMemory):

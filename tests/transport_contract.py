@@ -207,6 +207,62 @@ class TransportContract(ABC):
             check(out, self.expected(arrays, dtype)[start:stop])
         assert bits(window.own) == bits(arrays[rank])
 
+    @one_of_each_kind
+    def test_sums_go_into_a_part_of_a_window(
+        self, transport: Transport, check: Check, dtype: DType
+    ) -> None:
+        rank, size = transport.topology.rank, transport.topology.size
+        n = max(self.sizes(dtype.itemsize))
+        arrays = pushed(dtype, n, size)
+        whole = self.expected(arrays, dtype)
+        source, out = transport.window(np.empty(n, dtype)), transport.window(np.empty(n, dtype))
+        source.own[:] = arrays[rank]
+        for start, stop in [
+            (0, n),
+            (1, n - 1),
+            (n // 3, n // 3 + 1),
+            (n // 2, n // 2),
+            (3, n // 2),
+        ]:
+            for way in ("array", "in place", "window"):
+                expected = np.full(n, 3).astype(dtype)
+                out.own[:] = expected
+                expected[start:stop] = whole[start:stop]
+                own = arrays[rank][start:stop].copy()
+                if way == "array":
+                    transport.all_reduce_to_window(own, out, start, stop)
+                elif way == "in place":
+                    out.own[start:stop] = own
+                    transport.all_reduce_to_window(None, out, start, stop)
+                else:
+                    transport.all_reduce_windows(source, out, start, stop)
+                check(out.own, expected)
+                assert bits(own) == bits(arrays[rank][start:stop])
+        assert bits(source.own) == bits(arrays[rank])
+
+    @pytest.mark.parametrize("dtype", SMALL_FLOATS, ids=str)
+    def test_sums_of_few_bits_go_into_a_window_from_float32(
+        self, transport: Transport, check: Check, dtype: DType
+    ) -> None:
+        rank, size = transport.topology.rank, transport.topology.size
+        for n in self.sizes(4)[-2:]:
+            arrays = pushed(F32, n, size)
+            out = transport.window(np.empty(n, dtype))
+            transport.all_reduce_to_window(arrays[rank], out, 0, n)
+            with np.errstate(over="ignore", invalid="ignore"):
+                check(out.own, self.expected(arrays, dtype))
+
+    def test_a_dtype_that_is_equal_but_another_object_on_one_rank_is_the_same(
+        self, transport: Transport, check: Check
+    ) -> None:
+        rank, size = transport.topology.rank, transport.topology.size
+        n = max(self.sizes(4))
+        arrays = pushed(F32, n, size)
+        dtype = np.dtype(F32, metadata={"made": "elsewhere"}) if rank == size - 1 else F32
+        out = transport.window(np.empty(n, F32))
+        transport.all_reduce_to_window(arrays[rank].view(dtype), out, 0, n)
+        check(out.own, self.expected(arrays, F32))
+
     @pytest.mark.parametrize("dtype", [F32, F16, BF16, np.dtype("c8")], ids=str)
     def test_an_elements_sum_does_not_depend_on_its_place(
         self, transport: Transport, check: Check, dtype: DType
@@ -309,9 +365,9 @@ class TransportContract(ABC):
     ) -> None:
         rank, size = transport.topology.rank, transport.topology.size
         sizes = self.sizes(4)
-        window = transport.window(np.empty(max(sizes), F32))
+        window, stored = (transport.window(np.empty(max(sizes), F32)) for _ in range(2))
         random = np.random.default_rng(7)  # the same turns on every rank
-        for turn in range(40):
+        for turn in range(60):
             n = sizes[random.integers(len(sizes))]
             arrays = [array + turn for array in pushed(F32, n, size)]
             expected, out = self.expected(arrays, F32), np.zeros(n, F32)
@@ -319,7 +375,7 @@ class TransportContract(ABC):
             def sink(start: int, stop: int, total: Array, out: Array = out) -> None:
                 out[start:stop] = total
 
-            match int(random.integers(4)):
+            match int(random.integers(6)):
                 case 0:
                     transport.all_reduce(arrays[rank], out)
                 case 1:
@@ -327,6 +383,13 @@ class TransportContract(ABC):
                 case 2:
                     window.own[:n] = arrays[rank]
                     transport.all_reduce_window(window, 0, n, sink)
+                case 3:
+                    window.own[:n] = arrays[rank]
+                    transport.all_reduce_windows(window, stored, 0, n)
+                    out = stored.own[:n]
+                case 4:
+                    transport.all_reduce_to_window(arrays[rank], stored, 0, n)
+                    out = stored.own[:n]
                 case _:
                     transport.broadcast(arrays[rank], turn % size)
                     out, expected = arrays[rank], arrays[turn % size]

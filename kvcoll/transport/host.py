@@ -29,9 +29,11 @@ from .memory import SharedMemory
 # Measured with 2 ranks and float32: see scripts/results.
 _PIECE_BYTES = 1 << 20
 _SMALLEST_PIECE_BYTES = 128 << 10
-_WINDOW_PIECE_BYTES = 1 << 20
-_ADDED_BYTES = 512 << 10  # at once, from windows: with what is added it fits a core's cache
-_SMALL_BYTES = 32 << 10
+_SMALL_BYTES = 128 << 10  # of all ranks of the host: each adds them all
+_SMALL_WINDOW_BYTES = 12 << 10
+# Where sums go to windows nothing waits for a slot, so that pieces may be longer; what is
+# added at once is shorter, so that it fits a core's cache with what goes into it.
+_LONGER, _SHORTER = 4, 2
 _LINE_BYTES = 64
 _SPINS = 200  # about 20 microseconds; then the core is offered to others
 
@@ -94,8 +96,10 @@ class HostTransport(Transport):
         Gives that many bytes of further shared memory, or None, on all ranks alike.
     tree : bool, default False
         Add in a binary tree over the ranks.
-    piece_bytes, small_bytes : int, optional
+    piece_bytes : int, optional
         As for `bytes_for`.
+    small_bytes : int, optional
+        Up to how many bytes of all ranks of the host together each rank adds them all.
 
     Notes
     -----
@@ -123,7 +127,9 @@ class HostTransport(Transport):
         self._wide_between = any(len(ranks) > 1 for ranks in topology.hosts)
         self._beside, self._across = beside, across
         self._share = share
-        self._piece_bytes, self._small_bytes = piece_bytes, small_bytes
+        self._piece_bytes = piece_bytes
+        lines = min(small_bytes // self._size, piece_bytes) // _LINE_BYTES
+        self._small_bytes = small_bytes = lines * _LINE_BYTES
         yields = self._size > (os.cpu_count() or 1)
         lines = _LINE_BYTES * self._size
         raw = memory.raw
@@ -134,8 +140,7 @@ class HostTransport(Transport):
         self._sums = slots[:2]
         self._flip = 0
         rows = range(self._size)
-        row_bytes = max(piece_bytes, _ADDED_BYTES, 4 * small_bytes)
-        self._adder = Adder([rows], row_bytes, tree=tree)
+        self._adder = Adder([rows], max(piece_bytes, 4 * small_bytes), tree=tree)
         self._private = np.empty(max(piece_bytes, small_bytes), np.uint8)
 
     @staticmethod
@@ -226,16 +231,17 @@ class HostTransport(Transport):
         self, source: Array | None, out: Window, start: int, stop: int
     ) -> None:
         """Sum where the ranks see it; see `Transport.all_reduce_to_window`."""
-        own = out.own[start:stop]
-        same_dtype = source is None or source.dtype is own.dtype
-        if not same_dtype or not self._is_for_windows(out, own.nbytes):
-            super().all_reduce_to_window(source, out, start, stop)
+        own = out.rows[out.place][start:stop]
+        if source is None:
+            source = own
+        n_bytes, is_plain = source.nbytes, source.dtype == own.dtype
+        if n_bytes <= self._small_bytes or not is_plain or not self._sees_all(out):
+            self.all_reduce(source, own)
             return
         outs = [row[start:stop] for row in out.rows]
         sources = outs.copy()
-        if source is not None:
-            sources[self._rank] = source
-        n, step = own.size, _WINDOW_PIECE_BYTES // wide(own.dtype).itemsize
+        sources[self._rank] = source
+        n, step = own.size, _LONGER * self._piece_bytes // wide(own.dtype).itemsize
         self._show(source, own, 0, min(step, n))
         for low in range(0, n, step):
             high = min(low + step, n)
@@ -250,10 +256,10 @@ class HostTransport(Transport):
     def all_reduce_windows(self, source: Window, out: Window, start: int, stop: int) -> None:
         """Sum from window to window; see `Transport.all_reduce_windows`."""
         own = out.own[start:stop]
-        if own.nbytes <= self._small_bytes:
+        if own.nbytes <= _SMALL_WINDOW_BYTES:
             self.all_reduce(source.own[start:stop], own)
             return
-        if not source.is_shared or not self._is_for_windows(out, own.nbytes):
+        if not source.is_shared or not self._sees_all(out):
             super().all_reduce_windows(source, out, start, stop)
             return
         sources = [row[start:stop] for row in source.rows]
@@ -316,13 +322,13 @@ class HostTransport(Transport):
         staged[mine.stop : piece.size] = piece[mine.stop :]
         self._ready.raise_one()
 
-    def _is_for_windows(self, out: Window, n_bytes: int) -> bool:
-        """Say whether each rank writes its segment of a sum into the windows of all."""
-        return out.is_shared and not self._several_hosts and n_bytes > self._small_bytes
+    def _sees_all(self, window: Window) -> bool:
+        """Say whether this rank may write its segment into the rows of all ranks."""
+        return window.is_shared and not self._several_hosts
 
-    def _show(self, source: Array | None, own: Array, low: int, high: int) -> None:
+    def _show(self, source: Array, own: Array, low: int, high: int) -> None:
         """Copy what other ranks add of a piece to where its sum is to lie, for them to see."""
-        if source is not None:
+        if source is not own:
             mine = self._segment(high - low)
             own[low : low + mine.start] = source[low : low + mine.start]
             own[low + mine.stop : high] = source[low + mine.stop : high]
@@ -333,7 +339,7 @@ class HostTransport(Transport):
         mine = self._segment(high - low)
         own = outs[self._rank]
         others = [out for rank, out in enumerate(outs) if rank != self._rank]
-        step = _ADDED_BYTES // wide(own.dtype).itemsize
+        step = self._piece_bytes // _SHORTER // wide(own.dtype).itemsize
         stop = low + mine.stop
         for start in range(low + mine.start, stop, step):
             part = slice(start, min(start + step, stop))

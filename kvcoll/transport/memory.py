@@ -2,15 +2,18 @@
 
 Rules of the file: the memory is anonymous (memfd_create), so that a crash leaves
 nothing and the size of /dev/shm does not matter; where the kernel or a sandbox does
-not allow it, all ranks of the host learn that at once and none of them maps it.
+not allow it, all ranks of the host learn that at once and none of them maps it; what a
+child made by fork writes, no rank sees.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import secrets
 import struct
+import weakref
 from collections.abc import Callable
 from typing import final
 
@@ -21,6 +24,10 @@ from ..arrays import Array
 _TOKEN_BYTES = 16
 _WHERE = struct.Struct(f"<qq{_TOKEN_BYTES}s")
 _NOWHERE = -1
+_MAP_FIXED = 0x10
+
+# Of each mapping of this process its address, its length, and the file that it shows.
+_mapped: dict[int, tuple[int, int]] = {}
 
 
 @final
@@ -30,7 +37,7 @@ class SharedMemory:
     Parameters
     ----------
     descriptor : int
-        An open file of `n_bytes`.
+        An open file of `n_bytes`, which this closes.
     n_bytes : int
 
     Attributes
@@ -41,7 +48,15 @@ class SharedMemory:
     """
 
     def __init__(self, descriptor: int, n_bytes: int) -> None:
-        self.raw: Array = np.frombuffer(mmap.mmap(descriptor, n_bytes), np.uint8)
+        try:
+            mapping = mmap.mmap(descriptor, n_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.raw: Array = np.frombuffer(mapping, np.uint8)
+        address = self.raw.ctypes.data
+        _mapped[address] = n_bytes, descriptor
+        weakref.finalize(mapping, _forget, address).atexit = False
 
 
 def share(
@@ -107,6 +122,22 @@ def _map(made: int | None, path: str, n_bytes: int, token: bytes) -> SharedMemor
         memory = SharedMemory(descriptor, n_bytes)
     except (OSError, ValueError):
         return None
-    finally:
-        os.close(descriptor)
     return memory if memory.raw[:_TOKEN_BYTES].tobytes() == token else None
+
+
+def _forget(address: int) -> None:
+    os.close(_mapped.pop(address)[1])
+
+
+def _part() -> None:
+    """Map the same again, but so that writing copies: in a child made by fork."""
+    map_again = ctypes.CDLL(None, use_errno=True).mmap
+    map_again.restype = ctypes.c_void_p
+    map_again.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+    for address, (n_bytes, descriptor) in _mapped.items():
+        if map_again(address, n_bytes, protection, flags, descriptor, 0) != address:
+            raise OSError(ctypes.get_errno(), "memory is shared with a child made by fork")
+
+
+os.register_at_fork(after_in_child=_part)
