@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from mpi_job import Job
 from raised_by_all import raised_by_all
 
 import kvcoll
@@ -189,3 +191,90 @@ def test_a_view_may_itself_be_pushed(kv: KVStore) -> None:
     np.testing.assert_array_equal(kv.pull(3), n * (n * total(3, n) + 1))
     kv.push(3, view[::-1])
     np.testing.assert_array_equal(kv.pull(3), n * n * (n * total(3, n) + 1)[::-1])
+
+
+@pytest.mark.parametrize("n", [1000, 700_000])  # together in a bucket, and each alone
+def test_views_of_other_keys_may_be_pushed(comm: Any, n: int) -> None:
+    keys = [1, 2, 3]
+    for kind in ("local", "dist_sync"):
+        with kvcoll.create(kind) as kv:
+            kv.init(keys, [np.full(n, 10.0**key, np.float32) for key in keys])
+            kv.push(keys, kv.view(keys)[::-1])
+            for key in keys:
+                assert (kv.pull(key) == kv.num_workers * 10.0 ** (4 - key)).all()
+
+
+def test_views_and_own_arrays_can_be_read_after_the_store_is_closed(comm: Any) -> None:
+    for kind in ("local", "dist_sync"):
+        with kvcoll.create(kind) as kv:
+            init(kv)
+            grads, views = kv.empty(KEYS), kv.view(KEYS)
+            fill(kv, grads)
+            kv.push(KEYS, grads)
+            rank, size = kv.rank, kv.num_workers
+        comm.Barrier()
+        for key, grad, view in zip(KEYS, grads, views, strict=True):
+            np.testing.assert_array_equal(grad, value(key, rank))
+            np.testing.assert_array_equal(view, total(key, size))
+
+
+@pytest.mark.ranks(at_least=2)
+@pytest.mark.parametrize("allows", [True, False])
+def test_memory_is_shared_only_where_that_is_allowed_and_given_back(
+    comm: Any, allows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError("no more files")
+
+    before = shared_bytes()
+    kv = kvcoll.create("dist_sync")
+    of_store = shared_bytes()
+    with monkeypatch.context() as patched:
+        if comm.rank == 0 and not allows:
+            patched.setattr("os.memfd_create", refuse)  # now: the store itself has what it needs
+        init(kv)
+        grads = kv.empty(KEYS)
+    n_rows = 2 * comm.size if allows else 0  # of values and of gradients, 16 MiB each at least
+    assert shared_bytes() - of_store >= n_rows << 24
+    assert (shared_bytes() == of_store) == (not allows)
+    fill(kv, grads)
+    for pushed in (grads, [grad.copy() for grad in grads]):
+        kv.push(KEYS, [np.zeros(shape, np.float32) for shape in SHAPES.values()])
+        kv.push(KEYS, pushed)
+        check(kv)
+    kv.close()
+    del grads, pushed
+    assert shared_bytes() <= max(before, of_store)
+
+
+def shared_bytes() -> int:
+    """Give how much memory of other processes this one has mapped through kvcoll."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    bounds = [line.split()[0].split("-") for line in lines if "memfd:kvcoll" in line]
+    return sum(int(high, 16) - int(low, 16) for low, high in bounds)
+
+
+@pytest.mark.single
+def test_what_a_child_made_by_fork_writes_is_its_own(mpirun: Callable[..., Job]) -> None:
+    program = """
+import os
+import numpy as np
+import kvcoll
+kv = kvcoll.create("dist_sync")
+kv.init(3, np.zeros(100_000, np.float32))
+grad, view = kv.empty(3), kv.view(3)
+grad[...] = kv.rank + 1
+kept = []
+kv.set_updater(lambda key, summed, stored: (kept.append(stored), stored.__iadd__(summed)))
+kv.push(3, grad)
+child = os.fork()
+if child == 0:
+    grad[...] = kept[0][...] = 99
+    os._exit(0 if (view == 99).all() and (grad == 99).all() else 1)
+died = os.waitpid(child, 0)[1]
+kv.barrier()
+print("held:", died, set(view.tolist()), set(grad.tolist()) == {kv.rank + 1})
+"""
+    job = mpirun(2, "-W", "ignore", "-c", program)
+    assert not job.timed_out
+    assert job.stdout.count("held: 0 {3.0} True") == 2, job.stdout + job.stderr
