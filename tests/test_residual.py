@@ -35,7 +35,7 @@ def entries_of(sizes: list[int], dtype: Any) -> list[Entry]:
     replica = Replica(chunk_bytes=1 << 10)  # several chunks
     for key, n in enumerate(sizes):
         spec = Spec(key, (n,), np.dtype(dtype), key)
-        replica.keep(replica.draft([spec], [np.zeros(n, dtype)]))
+        replica.keep(replica.draft([spec]), [np.zeros(n, dtype)])
     return list(replica.entries.values())
 
 
