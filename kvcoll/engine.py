@@ -7,7 +7,7 @@ user's updater is the one exception, and the ranks agree once more after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -17,9 +17,12 @@ import numpy as np
 from .agreement import Agreement, Call, name_ranks
 from .arrays import Array, DType
 from .bucket import Bucket
+from .compression import Compression
+from .compressor import Compressor
 from .errors import UpdaterError, text_of
-from .packing import pack_into, wants_wide
+from .packing import as_flat, pack_into, wants_wide
 from .replica import Chunk, Entry
+from .schema import Spec
 from .transport.contract import Sink, Transport, Window
 from .updater import Updater
 
@@ -56,15 +59,44 @@ class Engine:
         self._values: dict[Chunk, Window] = {}  # where the stored values lie
         self._windows: dict[Chunk, Window] = {}  # where the arrays lie that `empty` gives
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
+        self._compressor: Compressor | None = None
+        self._idle_compressor: Compressor | None = None  # its residuals outlive a pause
 
-    def reserve(self, push: Push, updater: Updater) -> Call:
+    def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Take the memory that a push needs, and say what to agree on.
 
         What can fail here alone fails here, where the ranks do not wait yet.
         """
         if push.ready_for is not updater:
             self._take_memory(push, updater)
+        if self._compressor is not None:
+            self._compressor.pack(push.buckets, values)
         return self._call(push, updater)
+
+    def draft_compressor(self, compression: Compression, specs: Iterable[Spec]) -> Compressor:
+        """Take what compression needs, for `compress`.
+
+        Raises
+        ------
+        ArgumentError
+            Gradients of one of these keys cannot be compressed.
+        """
+        for spec in specs:
+            compression.check(spec)
+        before = self._compressor or self._idle_compressor
+        return Compressor(self._transport, compression, before)
+
+    def compress(self, compressor: Compressor | None) -> None:
+        """Let gradients travel as codes from the next push on; None to send them as they are."""
+        if compressor is None:
+            self._idle_compressor = self._compressor or self._idle_compressor
+        else:
+            compressor.start()
+        self._compressor = compressor
+
+    def packed(self, bucket: Bucket) -> Array | None:
+        """Give a bucket's values where they have been packed already, to be compressed."""
+        return None if self._compressor is None else self._compressor.packed(bucket)
 
     def copy_lent(self, push: Push, values: list[list[Array]]) -> None:
         """Copy what lies in the store's own memory, which an updater has seen and kept."""
@@ -118,7 +150,7 @@ class Engine:
         int
             Flags of all ranks, for `push_agreed` and `packed_dtype`.
         """
-        flags = _PLAIN if plain else 0
+        flags = _PLAIN if plain or self._compressor is not None else 0
         if push.has_small_floats and wants_wide(push.entries, values):
             flags |= _WIDE
         try:
@@ -158,12 +190,16 @@ class Engine:
 
     def sum_packed(self, bucket: Bucket, source: Array, sink: Sink) -> None:
         """Sum a bucket that was packed before, and hand the sum over piece by piece."""
-        if bucket.n_elements:
+        if self._compressor is not None:
+            self._compressor.sum(bucket, source, sink)
+        elif bucket.n_elements:
             self._transport.all_reduce_pieces(source, bucket.dtype, sink)
 
     def sum_packed_whole(self, bucket: Bucket, source: Array, total: Array) -> None:
         """Sum a bucket that was packed before into `total`, which may be `source`."""
-        if bucket.n_elements:
+        if self._compressor is not None:
+            self._compressor.sum(bucket, source, _copies_to(total))
+        elif bucket.n_elements:
             self._transport.all_reduce(source, total)
 
     def from_rank_0(self, number: int) -> int:
@@ -227,6 +263,7 @@ class Engine:
         """Let go of all memory."""
         self._values.clear()
         self._windows.clear()
+        self._compressor = self._idle_compressor = None
         self._last = None, 0, _AFTER_UPDATE  # its push holds the keys' memory, too
         self._scratch.clear()
 
@@ -245,7 +282,9 @@ class Engine:
 
     def _run(self, bucket: Bucket, values: list[list[Array]], updater: Updater, flags: int) -> None:
         """Sum and update one bucket, a piece at a time where the updater allows it."""
-        if updater.assigns and not flags & _PLAIN:
+        if self._compressor is not None:
+            self._compressor.sum(bucket, self._compressor.packed(bucket), updater.begin(bucket))
+        elif updater.assigns and not flags & _PLAIN:
             for run in bucket.runs:
                 if run.start < run.stop:
                     source, out = self._windows[run.chunk], self._values[run.chunk]
@@ -269,14 +308,12 @@ class Engine:
     def _sum(self, bucket: Bucket, values: list[list[Array]], flags: int) -> Array:
         """Sum one bucket into scratch memory, for an updater that may raise."""
         total = self._scratch[bucket.dtype][: bucket.n_elements]
-        if flags & _PLAIN and bucket.n_elements:
+        if self._compressor is not None:
+            self._compressor.sum(bucket, self._compressor.packed(bucket), _copies_to(total))
+        elif flags & _PLAIN and bucket.n_elements:
             self._transport.all_reduce(self._pack(bucket, values, flags, total), total)
         elif bucket.n_elements:
-
-            def copy(start: int, stop: int, piece: Array) -> None:
-                total[start:stop] = piece
-
-            self._sum_pieces(bucket, values, flags, copy)
+            self._sum_pieces(bucket, values, flags, _copies_to(total))
         return total
 
     def _sum_pieces(
@@ -301,11 +338,9 @@ class Engine:
         dtype = bucket.dtype
         if bucket.is_small_float and flags & _WIDE:
             dtype, packed = bucket.wide_dtype, self._scratch[bucket.wide_dtype]
-        if len(bucket.members) == 1:
-            arrays = values[bucket.members[0].position]
-            first = arrays[0]
-            if len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous:
-                return first.reshape(-1)
+        flat = as_flat(bucket, values, dtype)
+        if flat is not None:
+            return flat
         if packed.size > bucket.n_elements:
             packed = packed[: bucket.n_elements]
         pack_into(bucket, values, packed)
@@ -354,6 +389,13 @@ def _shifted(sink: Sink, by: int) -> Sink:
 
 def _update(updater: Updater, bucket: Bucket, total: Array) -> None:
     updater.begin(bucket)(0, bucket.n_elements, total)
+
+
+def _copies_to(total: Array) -> Sink:
+    def copy(start: int, stop: int, piece: Array) -> None:
+        total[start:stop] = piece
+
+    return copy
 
 
 def _without_a_share_in(own: list[Array], array: Array) -> Array:

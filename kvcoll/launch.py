@@ -36,7 +36,7 @@ class Launch(ABC):
     reading: AbstractContextManager[object] = nullcontext()
 
     @abstractmethod
-    def reserve(self, push: Push, updater: Updater) -> Call:
+    def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Take what a push needs, and say what to agree on; what can fail here alone fails here."""
 
     @abstractmethod
@@ -96,9 +96,9 @@ class InLine(Launch):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def reserve(self, push: Push, updater: Updater) -> Call:
+    def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Leave it to the engine."""
-        return self._engine.reserve(push, updater)
+        return self._engine.reserve(push, updater, values)
 
     def push(
         self,
@@ -155,8 +155,8 @@ class _Packed(NamedTuple):
 class _Waiting:
     """Which jobs wait for which keys, and the memory in which their values lie."""
 
-    def __init__(self, backlog: Backlog) -> None:
-        self._backlog = backlog
+    def __init__(self, engine: Engine, backlog: Backlog) -> None:
+        self._engine, self._backlog = engine, backlog
         self._slots = Slots()
         self._jobs: dict[Key, deque[Job]] = {}
         self._n_jobs = 0
@@ -171,9 +171,13 @@ class _Waiting:
     ) -> _Packed:
         """Pack a bucket in memory that was reserved, and begin its update."""
         slot = self._slots.take(_slot_bytes(bucket))
-        dtype = bucket.wide_dtype if is_wide else bucket.dtype
+        flat = self._engine.packed(bucket)
+        dtype = (bucket.wide_dtype if is_wide else bucket.dtype) if flat is None else flat.dtype
         source = slot[: bucket.n_elements * dtype.itemsize].view(dtype)
-        pack_into(bucket, values, source)
+        if flat is None:
+            pack_into(bucket, values, source)
+        else:
+            source[:] = flat
         return _Packed(bucket, slot, source, updater.begin(bucket))
 
     def give_back(self, packed: _Packed) -> None:
@@ -221,15 +225,15 @@ class Overlap(Launch):
     def __init__(self, engine: Engine, *, leads: bool) -> None:
         self._engine = engine
         self._backlog = Backlog(leads=leads, agree=engine.from_rank_0, failed=self._abort)
-        self._waiting = _Waiting(self._backlog)
+        self._waiting = _Waiting(engine, self._backlog)
 
-    def reserve(self, push: Push, updater: Updater) -> Call:
+    def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Wait until no sum waits for these keys, too."""
         if updater.may_raise:
             self.drain()
         else:
             self._waiting.reserve(push, at_most=0)
-        return self._engine.reserve(push, updater)
+        return self._engine.reserve(push, updater, values)
 
     def push(
         self,
@@ -308,9 +312,9 @@ class Late(Launch):
         self._staleness = staleness
         # Jobs run by their numbers, which are the same everywhere: nobody need be asked.
         self._backlog = Backlog(leads=True, agree=lambda number: number, failed=self._abort)
-        self._waiting = _Waiting(self._backlog)
+        self._waiting = _Waiting(engine, self._backlog)
 
-    def reserve(self, push: Push, updater: Updater) -> Call:
+    def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Wait until fewer pushes wait for these keys than may, too."""
         if updater.assigns:
             raise ArgumentError(
@@ -320,7 +324,7 @@ class Late(Launch):
         if not updater.keeps_settings:
             self.drain()
         self._waiting.reserve(push, at_most=max(self._staleness - 1, 0))
-        return self._engine.reserve(push, updater)
+        return self._engine.reserve(push, updater, values)
 
     def push(
         self,

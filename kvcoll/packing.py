@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .arrays import Array, sum_in_order
+from .arrays import Array, DType, sum_in_order
 from .bucket import Bucket
 from .replica import Entry
 
@@ -17,6 +17,16 @@ def wants_wide(entries: Sequence[Entry], values: list[list[Array]]) -> bool:
         len(arrays) > 1 or arrays[0].dtype != entry.spec.dtype
         for entry, arrays in zip(entries, values, strict=True)
     )
+
+
+def as_flat(bucket: Bucket, values: list[list[Array]], dtype: DType) -> Array | None:
+    """Give what is pushed as one flat array of a dtype without a copy, if that can be."""
+    if len(bucket.members) > 1:
+        return None
+    arrays = values[bucket.members[0].position]
+    first = arrays[0]
+    is_flat = len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous
+    return first.reshape(-1) if is_flat else None
 
 
 def pack_into(bucket: Bucket, values: list[list[Array]], packed: Array) -> None:

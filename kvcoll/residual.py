@@ -35,6 +35,7 @@ class Residuals:
         self._compression = compression
         self._of_chunk: dict[Chunk, Array] = {}
         self._joined = np.empty(BLOCK_ELEMENTS, np.complex128)
+        self._widened = np.empty(BLOCK_ELEMENTS, np.complex128)  # maybe in another thread
 
     def change(self, compression: Compression) -> None:
         """Go on with other settings; the residuals stay."""
@@ -150,7 +151,7 @@ class Residuals:
         for low in range(start, stop, BLOCK_ELEMENTS):
             block = gradient[low : min(low + BLOCK_ELEMENTS, stop)]
             if block.dtype != bucket.wide_dtype:
-                widened: Array = self._joined.view(bucket.wide_dtype)[: block.size]
+                widened: Array = self._widened.view(bucket.wide_dtype)[: block.size]
                 np.copyto(widened, block)
                 block = widened
             if not self._compression.accepts(block):
