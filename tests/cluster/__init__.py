@@ -1,0 +1,1 @@
+"""Pretend hosts, and a SLURM on them: see hosts.sh and slurm.sh."""
