@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 import kvcoll
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 pytest_plugins = ("mpi_runner",)
 
@@ -19,3 +24,11 @@ def kv(request: pytest.FixtureRequest) -> Iterator[kvcoll.KVStore]:
         request.getfixturevalue("comm")
     with kvcoll.create(name, overlap="always" if overlap else False) as store:
         yield store
+
+
+@pytest.fixture(scope="session")
+def host_of(comm: MPI.Intracomm) -> tuple[int, ...]:
+    """For each rank the number of its host, by the names that the hosts give themselves."""
+    names = comm.allgather(socket.gethostname())
+    in_order = list(dict.fromkeys(names))
+    return tuple(in_order.index(name) for name in names)

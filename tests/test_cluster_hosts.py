@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ pytestmark = [pytest.mark.single, pytest.mark.limit(120)]
 
 PUSH: Final = CHECKOUT / "tests/cluster/push.py"
 TRAIN: Final = CHECKOUT / "scripts/train.py"
+NO_TORCH: Final = "torch is not installed"
 N_ELEMENTS: Final = 4 << 20
 PLACED: Final = {
     "2x2": ((2, 2), [0, 0, 1, 1], [0, 1, 0, 1]),
@@ -105,3 +107,24 @@ def test_the_training_reaches_its_accuracy_on_two_hosts(hosts: Hosts) -> None:
     assert (curve["ranks"], curve["hosts"]) == (4, 2)
     assert curve["epochs"][-1]["accuracy"] >= 0.97
     assert "replicas: 4 of 4 the same bits" in job.stdout
+
+
+@pytest.mark.limit(400)
+def test_the_whole_suite_passes_on_two_hosts_of_two_ranks(hosts: Hosts) -> None:
+    counts = hosts.folder / "counts"
+    job = hosts.mpirun(
+        (2, 2),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={hosts.folder}/tmp"),
+        CHECKOUT / "tests",
+        timeout_s=380,
+        env={"KVCOLL_TEST_COUNTS": str(counts)},
+    )
+    assert job.returncode == 0, job
+    passed, failed, skipped = map(int, counts.read_text().split())
+    assert failed == 0
+    assert passed > 1000
+    # What shares memory with all ranks is tested on one host; all else runs here.
+    why = re.findall(r"^SKIPPED \[(\d+)\] \S+: (.*)$", job.stdout, re.MULTILINE)
+    assert sum(int(number) for number, _ in why) == skipped
+    for _, reason in why:
+        assert reason in ("ranks that are to share memory here are on several hosts", NO_TORCH)

@@ -45,11 +45,14 @@ def test_a_store_of_one_process_gives_its_type_in_lower_case(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dist", "dist_sync", "Dist_Sync"])
-def test_a_distributed_store_spans_all_ranks(name: str, comm: Any, rank: int, size: int) -> None:
+def test_a_distributed_store_spans_all_ranks(
+    name: str, host_of: tuple[int, ...], rank: int, size: int
+) -> None:
     with kvcoll.create(name) as kv:
         assert kv.type == name.lower()
         assert (kv.rank, kv.num_workers) == (rank, size)
-        assert (kv.local_rank, kv.num_hosts) == (rank, 1)
+        before_on_host = host_of[:rank].count(host_of[rank])
+        assert (kv.local_rank, kv.num_hosts) == (before_on_host, len(set(host_of)))
 
 
 def test_the_default_store_is_local() -> None:

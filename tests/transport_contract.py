@@ -57,12 +57,16 @@ def pushed(dtype: DType, n: int, size: int) -> list[Array]:
     return arrays
 
 
-def in_rank_order(arrays: Sequence[Array], out_dtype: DType) -> Array:
-    """Sum from rank 0 on, 16 and 8 bits in float32, and round once."""
+def in_order(arrays: Sequence[Array], out_dtype: DType, groups: Sequence[Sequence[int]]) -> Array:
+    """Sum each host's ranks in their order, then the hosts; small floats in float32."""
     wide = F32 if arrays[0].dtype in SMALL_FLOATS else arrays[0].dtype
-    total = arrays[0].astype(wide)
-    for array in arrays[1:]:
-        total = total + array.astype(wide)
+    total = None
+    for group in groups:
+        of_host = arrays[group[0]].astype(wide)
+        for k in group[1:]:
+            of_host = of_host + arrays[k].astype(wide)
+        total = of_host if total is None else total + of_host
+    assert total is not None
     return total.astype(out_dtype)
 
 
@@ -100,13 +104,16 @@ class TransportContract(ABC):
 
     edges_bytes: tuple[int, ...] = ()
     tree = False
+    groups: tuple[tuple[int, ...], ...] = ((0,),)  # the ranks of each host
 
     @abstractmethod
     def all_of(self, mine: bytes) -> list[bytes]:
         """Give what each rank gave, by rank."""
 
     def expected(self, arrays: Sequence[Array], out_dtype: DType) -> Array:
-        return in_tree(arrays, out_dtype) if self.tree else in_rank_order(arrays, out_dtype)
+        if self.tree:
+            return in_tree(arrays, out_dtype)
+        return in_order(arrays, out_dtype, self.groups)
 
     def sizes(self, itemsize: int) -> list[int]:
         around = {edge // itemsize + more for edge in self.edges_bytes for more in (-1, 0, 1)}

@@ -87,9 +87,7 @@ class Hosts:
         command = [own_mpirun(), *self._placed(ranks_on, in_turn=in_turn)]
         if is_open_mpi():  # which forwards its own variables alone
             command += [word for name in env for word in ("-x", name)]
-        job = self.on(
-            "kv1", *command, sys.executable, *arguments, timeout_s=timeout_s, env=env
-        )
+        job = self.on("kv1", *command, sys.executable, *arguments, timeout_s=timeout_s, env=env)
         if job.timed_out:
             for host in range(1, self.number + 1):
                 self.on(f"kv{host}", "bash", "-c", "kill -9 -1")  # all but sshd, its process 1
@@ -129,9 +127,7 @@ class Hosts:
         assert job.returncode == 0, job.stderr
         return job.stdout
 
-    def _script(
-        self, *arguments: str, timeout_s: float, env: dict[str, str] | None = None
-    ) -> Job:
+    def _script(self, *arguments: str, timeout_s: float, env: dict[str, str] | None = None) -> Job:
         return run(
             [str(SCRIPT), *arguments],
             env=clean_environment() | environment_of(self.folder) | (env or {}),
