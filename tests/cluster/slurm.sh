@@ -14,7 +14,8 @@ It needs the Debian packages slurm-wlm, munge and libpmix-dev (srun --mpi=pmix o
 Its files are in the folder 'slurm' of that of the hosts. Settings, all optional:
 
   KVCOLL_CLUSTER=FOLDER        whose hosts (see hosts.sh)
-  KVCOLL_CLUSTER_CPUS=2        the cores of a node: SLURM takes its word for it
+  KVCOLL_CLUSTER_CPUS=2        the cores of a node, and its GPUs: SLURM takes these words for it,
+  KVCOLL_CLUSTER_GPUS=0        whatever the machine has
 "
 
 cluster=${KVCOLL_CLUSTER:-/var/tmp/kvcoll-cluster}
@@ -31,7 +32,7 @@ at() {
 }
 
 write_settings() {
-    local n=$1
+    local n=$1 gpus=${KVCOLL_CLUSTER_GPUS:-0} i
     mkdir -p "$run"/{state,log}
     # linuxproc and task/none: pretend hosts have no cgroups of their own.
     cat >"$run/slurm.conf" <<END
@@ -57,10 +58,16 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 ReturnToService=2
 KillWait=2
 MpiDefault=none
-NodeName=kv[1-$n] CPUs=${KVCOLL_CLUSTER_CPUS:-2} State=UNKNOWN
+GresTypes=gpu
+NodeName=kv[1-$n] CPUs=${KVCOLL_CLUSTER_CPUS:-2} Gres=gpu:$gpus State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     echo "CgroupPlugin=cgroup/v1" >"$run/cgroup.conf" # not used, but autodetection wants /sys/fs/cgroup
+    : >"$run/gres.conf"
+    for ((i = 0; i < gpus; i++)); do # a GPU is a file to SLURM
+        : >"$run/gpu$i"
+        echo "Name=gpu File=$run/gpu$i" >>"$run/gres.conf"
+    done
     [ -s "$run/munge.key" ] || (umask 077 && head -c 128 /dev/urandom >"$run/munge.key")
 }
 

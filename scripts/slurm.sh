@@ -1,0 +1,60 @@
+# Sourced by the job scripts: finds Python and its MPI, and starts the ranks of a SLURM job.
+# shellcheck shell=bash
+#
+# The Python is that of the environment that was active when the job was submitted, if it holds kvcoll and
+# mpi4py, else that of scripts/environment.sh (which makes it, if that has not been done on a login node).
+#
+# Settings, all optional; sbatch passes the environment on:
+#   KVCOLL_LAUNCHER=srun|mpirun   who starts the ranks; mpirun does on the job's nodes, too. Default: srun for
+#                                 Open MPI, where SLURM has PMIx; else mpirun
+#   KVCOLL_MPI, KVCOLL_VENV       see scripts/environment.sh
+
+_kvcoll_find_python() {
+    python -c 'import kvcoll, mpi4py' 2>/dev/null || source scripts/environment.sh
+}
+
+# The name of the MPI that mpi4py loads, without starting it.
+_kvcoll_mpi_name() {
+    python -c 'import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.get_vendor()[0])'
+}
+
+# kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code.
+kvcoll_launch() {
+    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command
+    name=$(_kvcoll_mpi_name) || return
+    [ "$name" != 'Open MPI' ] || mpi_type=pmix
+    if [ -z "$launcher" ]; then
+        launcher=mpirun
+        [ "$mpi_type" != pmix ] || ! srun --mpi=list 2>&1 | grep -qw pmix || launcher=srun
+    fi
+    case $launcher in
+        srun)
+            # A rank that fails ends the job: else the others would wait for it until the time limit.
+            command=(srun --kill-on-bad-exit=1 --mpi="$mpi_type")
+            # PMI-2 carries 1,024 characters, and MPICH's addresses of UCX can be longer: then it aborts.
+            [ "$mpi_type" != pmi2 ] || export MPIR_CVAR_CH4_NETMOD=${MPIR_CVAR_CH4_NETMOD:-ofi}
+            ;;
+        mpirun)
+            mpirun=$(dirname "$(command -v python)")/mpirun
+            [ -x "$mpirun" ] || mpirun=mpirun
+            command=("$mpirun" -n "$SLURM_NTASKS")
+            # Else each rank and all its threads were bound to one core.
+            [ "$name" != 'Open MPI' ] || command+=(--bind-to none)
+            ;;
+        *)
+            echo "kvcoll: KVCOLL_LAUNCHER is '$launcher': set it to srun or mpirun" >&2
+            return 2
+            ;;
+    esac
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-$OMP_NUM_THREADS}
+    export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx} # ucx: one-sided calls abort where no fabric is
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from the job
+    echo "+ ${command[*]} python $*"
+    "${command[@]}" "$(command -v python)" "$@"
+}
+
+_kvcoll_find_python
