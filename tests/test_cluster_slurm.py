@@ -113,29 +113,32 @@ def test_srun_starts_one_job_of_all_tasks(slurm: Slurm) -> None:
     assert sorted(job.stdout.splitlines()) == [f"rank {k} of 3 on 2 hosts" for k in range(3)]
 
 
-def test_srun_that_speaks_with_no_mpi_is_an_error_at_once(slurm: Slurm) -> None:
-    job = slurm.on_kv1("srun", "-K", "--ntasks=2", "python", "-c", COUNT_RANKS)
-    assert job.returncode not in (0, None)
-    assert not job.timed_out
-    assert "rank 0" not in job.stdout
-    assert "LaunchError: the launcher started 2 ranks (SLURM_STEP_NUM_TASKS), but" in job.stderr
-    assert f"srun --mpi={own_type()}" in job.stderr
-
-
-def test_srun_that_speaks_with_another_mpi_is_an_error_at_once(slurm: Slurm) -> None:
+def own_words(mpi_type: str) -> str:
+    """Return what must be said under srun --mpi=TYPE, which is not this MPI's."""
     from mpi4py import MPI
 
     if is_open_mpi() and MPI.get_vendor()[1] < (5, 0, 0):
-        other, said = "pmi2", "OMPI was not built with SLURM's PMI support"  # MPI_Init ends it
-    elif is_open_mpi():
-        other, said = "pmi2", "LaunchError: the launcher started 2 ranks (PMI_SIZE), but Open MPI"
-    else:
-        other, said = "pmix", "LaunchError: the launcher speaks PMIx (PMIX_NAMESPACE"
-    job = slurm.on_kv1("srun", "-K", "--ntasks=2", f"--mpi={other}", "python", "-c", COUNT_RANKS)
-    assert job.returncode not in (0, None)
+        return "OMPI was not built with SLURM's PMI support"  # it ends the process by itself
+    if mpi_type == "pmix":
+        return "LaunchError: the launcher speaks PMIx (PMIX_NAMESPACE"
+    variable = "PMI_SIZE" if mpi_type == "pmi2" else "SLURM_STEP_NUM_TASKS"
+    return f"LaunchError: the launcher started 2 ranks ({variable}), but"
+
+
+@pytest.mark.parametrize("mpi_type", ["none", "the other MPI's"])
+def test_srun_that_does_not_speak_with_this_mpi_is_an_error_at_once(
+    slurm: Slurm, mpi_type: str
+) -> None:
+    if mpi_type != "none":
+        mpi_type = "pmi2" if is_open_mpi() else "pmix"
+    srun = ("srun", "-K", "--ntasks=2", f"--mpi={mpi_type}")
+    job = slurm.on_kv1(*srun, "python", "-c", COUNT_RANKS)
     assert not job.timed_out
-    assert "rank 0" not in job.stdout
-    assert said in job.stderr
+    assert job.returncode != 0
+    assert job.stdout == ""
+    assert own_words(mpi_type) in job.stderr
+    if "LaunchError" in job.stderr:
+        assert f"srun --mpi={own_type()}" in job.stderr
 
 
 def test_a_program_in_a_job_without_a_launcher_is_told_to_use_srun(slurm: Slurm) -> None:

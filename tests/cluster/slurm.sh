@@ -73,7 +73,8 @@ END
 
 # HOST DAEMON PIDFILE: pid files hold numbers of the host's own process table.
 runs() {
-    [ -s "$3" ] && [ "$("$hosts" on "$1" cat "/proc/$(<"$3")/comm" 2>/dev/null)" = "$2" ]
+    local pid
+    pid=$(cat "$3" 2>/dev/null) && [ "$("$hosts" on "$1" cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ]
 }
 
 start() {
@@ -106,13 +107,14 @@ start() {
 
 # HOST DAEMON PIDFILE
 stop_one() {
-    local i
-    ! runs "$@" || at "$1" kill "$(<"$3")"
+    local pid i
+    runs "$@" && pid=$(cat "$3") || return 0
+    at "$1" kill "$pid"
     for ((i = 0; i < 100; i++)); do
         runs "$@" || return 0
         sleep 0.1
     done
-    at "$1" kill -9 "$(<"$3")"
+    at "$1" kill -9 "$pid"
 }
 
 stop() {
