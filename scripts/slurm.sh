@@ -9,8 +9,9 @@
 #                                 Open MPI, where SLURM has PMIx; else mpirun
 #   KVCOLL_MPI, KVCOLL_VENV       see scripts/environment.sh
 
+# Not from this folder, where kvcoll is found by any Python, but by the programs in scripts/ it is not.
 _kvcoll_find_python() {
-    python -c 'import kvcoll, mpi4py' 2>/dev/null || source scripts/environment.sh
+    (cd / && python -c 'import kvcoll, mpi4py') 2>/dev/null || source scripts/environment.sh
 }
 
 # The name of the MPI that mpi4py loads, without starting it.

@@ -117,7 +117,7 @@ def test_the_whole_suite_passes_on_two_hosts_of_two_ranks(hosts: Hosts) -> None:
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={hosts.folder}/tmp"),
         CHECKOUT / "tests",
         timeout_s=380,
-        env={"KVCOLL_TEST_COUNTS": str(counts)},
+        env={"KVCOLL_TEST_COUNTS": str(counts), "PY_COLORS": "0"},
     )
     assert job.returncode == 0, job
     passed, failed, skipped = map(int, counts.read_text().split())
