@@ -36,7 +36,7 @@ class Compressor:
     ) -> None:
         self._compression = compression
         self._coded = CodedSum(transport, compression.code(transport.topology.size))
-        self.residuals = Residuals(compression) if before is None else before.residuals
+        self.residuals: Residuals = Residuals(compression) if before is None else before.residuals
         self._slots = Slots()
         self._taken: list[tuple[int, Array]] = []
         self._packed: dict[int, Array] = {}

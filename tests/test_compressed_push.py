@@ -70,8 +70,8 @@ def test_a_list_of_keys_gives_the_bits_of_single_pushes(comm: Any, params: Any) 
     rng = np.random.default_rng(comm.rank)
     shapes = [(3,), (700, 31), (), (0, 2), (300_000,)]
     keys = [f"k{number}" for number in range(len(shapes))]
-    ways = [("dist_sync", False), ("dist_sync", False), ("dist_sync", "always")]
-    stores = [kvcoll.create(name, overlap=overlap) for name, overlap in ways]
+    ways: list[bool | str] = [False, False, "always"]
+    stores = [kvcoll.create("dist_sync", overlap=overlap) for overlap in ways]
     for kv in stores:
         kv.init(keys, [np.ones(shape, np.float32) for shape in shapes])
         kv.set_optimizer("sgd", learning_rate=0.1, momentum=0.9)
