@@ -293,7 +293,8 @@ class TransportContract(ABC):
         part = np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else dtype
         quiet = np.array(np.nan, part).view(f"u{part.itemsize}")
         for n in self.sizes(dtype.itemsize):
-            words = np.full(n * dtype.itemsize // part.itemsize, quiet + rank + 1)
+            n_words = n * dtype.itemsize // part.itemsize
+            words = np.full(n_words, int(quiet) + rank + 1, quiet.dtype)
             words[rank :: size + 1] ^= np.array(1 << (8 * part.itemsize - 1), words.dtype)
             source = words.view(dtype)
             behind = np.zeros(n + size, dtype)
