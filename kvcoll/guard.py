@@ -20,7 +20,7 @@ class Guard:
         Whether only the thread of the first call may call, as in a store whose calls
         are collective: their order must be the same on all ranks. Else threads wait
         for one another.
-    beside : callable
+    beside : callable or None
         Gives the number of the thread in which updates run, if they run beside the
         calls: it may read.
     ended : callable
@@ -28,9 +28,13 @@ class Guard:
     """
 
     def __init__(
-        self, *, one_thread: bool, beside: Callable[[], int | None], ended: Callable[[], str]
+        self,
+        *,
+        one_thread: bool,
+        beside: Callable[[], int | None] | None,
+        ended: Callable[[], str],
     ) -> None:
-        self._beside, self._ended = beside, ended
+        self.beside, self._ended = beside, ended
         self._lock = threading.RLock()
         self._one_thread = one_thread
         self._thread: int | None = None
@@ -92,7 +96,7 @@ class Guard:
     @property
     def is_beside(self) -> bool:
         """Whether the caller is an updater that runs beside the calls."""
-        return self._one_thread and threading.get_ident() == self._beside()
+        return self.beside is not None and threading.get_ident() == self.beside()
 
     def _leave(self) -> None:
         self._depth -= 1
@@ -124,11 +128,12 @@ class Reading:
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
+        self._enter = guard.enter
 
     def __enter__(self) -> None:
         # A call that waits for the updates holds the guard's lock.
-        if not self._guard.is_beside:
-            self._guard.enter(is_collective=False)
+        if self._guard.beside is None or not self._guard.is_beside:
+            self._enter(is_collective=False)
 
     def __exit__(
         self,
@@ -136,5 +141,5 @@ class Reading:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._guard.is_beside:
+        if self._guard.beside is None or not self._guard.is_beside:
             self._guard.__exit__(kind, error, trace)

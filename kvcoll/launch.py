@@ -32,6 +32,10 @@ from .updater import Updater
 class Launch(ABC):
     """When the pushes of a store run."""
 
+    #: Whether a push is complete when it returns.
+    is_in_line = False
+    #: Whether updates run in a thread of their own, see `ident`.
+    is_beside = False
     #: To be held by who reads stored values, so that no update is seen half done.
     reading: AbstractContextManager[object] = nullcontext()
 
@@ -92,6 +96,8 @@ class Launch(ABC):
 @final
 class InLine(Launch):
     """A push is complete when it returns."""
+
+    is_in_line = True
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -304,6 +310,8 @@ class Late(Launch):
     staleness : int
         How many pushes of a key may wait when a push returns.
     """
+
+    is_beside = True
 
     def __init__(self, engine: Engine, agreement: Agreement, *, staleness: int) -> None:
         self.reading = threading.RLock()

@@ -146,7 +146,7 @@ class KVStore(KVStoreBase):
         self._has_lent = False  # whether the user may hold stored values themselves
         self._guard = Guard(
             one_thread=one_thread,
-            beside=lambda: self._launch.ident,
+            beside=(lambda: self._launch.ident) if self._launch.is_beside else None,
             ended=lambda: self._agreement.ended or self._launch.ended,
         )
         self._reading = Reading(self._guard)
@@ -294,6 +294,8 @@ KeyKindError, ArrayError
         """
         with self._reading:
             plan = self._plan(key)
+            if self._launch.is_in_line:
+                return _pull(plan, out)
             self._launch.wait(plan.given, to_read=True)
             with self._launch.reading:
                 return _pull(plan, out)
@@ -930,7 +932,8 @@ KeyKindError, ArrayError
         try:
             self._guard.check_collective()
             plan = self._plan(key)
-            priority = _as_priority(priority)
+            if builtins.type(priority) is not int:
+                priority = _as_priority(priority)
             is_own = plan.is_own(value)
             values = plan.own_values if is_own else _pushed_values(plan, value)
             outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
