@@ -4,10 +4,10 @@ MXNet's KVStore, rebuilt: ``create`` a store, ``init`` keys, ``push`` gradients,
 are summed over devices and ranks and update each rank's replica, and ``pull`` values.
 """
 
-from . import errors, optimizer
+from . import errors, lr_scheduler, optimizer
 from ._version import __version__
 from .base import KVStoreBase
 from .create import create
 from .store import KVStore
 
-__all__ = ["KVStore", "KVStoreBase", "__version__", "create", "errors", "optimizer"]
+__all__ = ["KVStore", "KVStoreBase", "__version__", "create", "errors", "lr_scheduler", "optimizer"]

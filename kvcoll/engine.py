@@ -110,7 +110,8 @@ class Engine:
             self._reserve(bucket.dtype, bucket.n_elements, unless=_sums_in_place(bucket, updater))
             self._reserve(bucket.wide_dtype, bucket.n_elements, unless=not bucket.is_small_float)
         for bucket in push.windowed:
-            self._reserve(bucket.dtype, bucket.n_elements, unless=not updater.may_raise)
+            in_pieces = not (updater.may_raise or updater.needs_whole_keys)
+            self._reserve(bucket.dtype, bucket.n_elements, unless=in_pieces)
         push.ready_for = updater
 
     def place(self, drafted: Sequence[Entry]) -> None:
@@ -293,7 +294,11 @@ class Engine:
         elif _sums_in_place(bucket, updater):
             self._assign(bucket, values, flags)
         else:
-            self._sum_pieces(bucket, values, flags, updater.begin(bucket))
+            sink = updater.begin(bucket)
+            if updater.needs_whole_keys:
+                sink(0, bucket.n_elements, self._sum(bucket, values, flags))
+            else:
+                self._sum_pieces(bucket, values, flags, sink)
 
     def _assign(self, bucket: Bucket, values: list[list[Array]], flags: int) -> None:
         """Sum one bucket where its values lie."""
@@ -306,7 +311,7 @@ class Engine:
             self._transport.all_reduce_to_window(source, out, run.chunk_start, stop)
 
     def _sum(self, bucket: Bucket, values: list[list[Array]], flags: int) -> Array:
-        """Sum one bucket into scratch memory, for an updater that may raise."""
+        """Sum one bucket into scratch memory, for an updater that wants it whole."""
         total = self._scratch[bucket.dtype][: bucket.n_elements]
         if self._compressor is not None:
             self._compressor.sum(bucket, self._compressor.packed(bucket), _copies_to(total))

@@ -261,7 +261,8 @@ class Overlap(Launch):
                 is_wide = self._engine.packed_dtype(bucket, flags) != bucket.dtype
                 packed = self._waiting.pack(bucket, values, updater, is_wide=is_wide)
                 keys = [member.entry.spec.key for member in bucket.members]
-                self._waiting.add(keys, priority, partial(self._sum, packed))
+                run = partial(self._sum, packed, in_pieces=not updater.needs_whole_keys)
+                self._waiting.add(keys, priority, run)
         except BaseException as error:
             self._engine.abort(push.call.name, error)
             raise
@@ -288,8 +289,12 @@ class Overlap(Launch):
         """Never anything: a sum that fails ends the job."""
         return ""
 
-    def _sum(self, packed: _Packed) -> None:
-        self._engine.sum_packed(packed.bucket, packed.source, packed.sink)
+    def _sum(self, packed: _Packed, *, in_pieces: bool) -> None:
+        if in_pieces:
+            self._engine.sum_packed(packed.bucket, packed.source, packed.sink)
+        else:
+            self._engine.sum_packed_whole(packed.bucket, packed.source, packed.total)
+            packed.sink(0, packed.bucket.n_elements, packed.total)
         self._waiting.give_back(packed)
 
     def _abort(self, error: BaseException) -> None:

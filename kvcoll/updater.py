@@ -15,7 +15,8 @@ import numpy as np
 from .arrays import Array, wide
 from .bucket import Bucket, Member
 from .errors import ArgumentError
-from .optimizer.base import Optimizer, Step
+from .optimizer.base import Optimizer
+from .optimizer.step import Factors, Step
 from .replica import Chunk, Entry
 from .schema import Key, digest
 from .transport.contract import Sink
@@ -30,6 +31,8 @@ class Updater(ABC):
     assigns = False
     #: Whether the user's code runs in it, which may raise on one rank and not on another.
     may_raise = False
+    #: Whether a key's step depends on its whole sum, so that a bucket must not come in pieces.
+    needs_whole_keys = False
     #: Whether an update goes by what was agreed on, whatever the user changes meanwhile.
     keeps_settings = True
 
@@ -46,8 +49,8 @@ class Updater(ABC):
         callable
             Takes start, stop and the sum of the elements between, and updates them; only
             once, maybe later and from another thread. It goes by what the last `digest`
-            saw, whatever is changed since. An updater that `may_raise` gets a bucket as
-            a whole, and may write to its sum.
+            saw, whatever is changed since. An updater that `may_raise` or
+            `needs_whole_keys` gets a bucket as a whole; the former may write to its sum.
         """
 
     @abstractmethod
@@ -156,10 +159,12 @@ class Optimize(Updater):
         # Ours do not raise, and a schedule is asked before the ranks agree; a subclass may.
         self.may_raise = not type(optimizer).__module__.startswith("kvcoll.")
         self.keeps_settings = not self.may_raise
+        self.needs_whole_keys = optimizer.needs_whole_keys
+        self._settings: Sequence[float] | None = None  # as digested last
         self._agreed = (0.0, 0.0, 0)  # rate, decay and count of updates of the push under way
         self._states: dict[Chunk, list[Array]] = {}
         self._counts: dict[Key, int] = {}
-        self._factors: dict[Key, tuple[float, float]] = {}
+        self._factors: dict[Key, Factors] = {}
         self._forget_factors()
         # The user may change the optimizer's settings while an update waits for its sum:
         # updates go by a copy, made anew when the settings have changed.
@@ -187,14 +192,15 @@ class Optimize(Updater):
         rate, decay, num_update = self._agreed
         self._optimizer.num_update = num_update
         rates = self._rates(bucket.members)
+        apart = self.needs_whole_keys
         segments = []
         for run in bucket.runs:
             first = run.first
             for number in range(run.first + 1, run.last + 1):
-                if number == run.last or rates[number] != rates[first]:
+                if number == run.last or apart or rates[number] != rates[first]:
                     low, high = bucket.members[first].start, bucket.members[number - 1].stop
-                    (lr_mult, wd_mult), count = rates[first]
-                    step = Step(rate * lr_mult, decay * wd_mult, count)
+                    factors, count = rates[first]
+                    step = Step(rate * factors.lr, decay * factors.wd, count, factors.adapts)
                     at = run.chunk_start + low - run.start
                     segments.append(_Segment(low, high, run.chunk, at, step))
                     first = number
@@ -224,18 +230,20 @@ class Optimize(Updater):
         newest = max((counts[m.entry.spec.key] + 1 for b in buckets for m in b.members), default=0)
         num_update = max(optimizer.num_update, newest)
         try:
-            rate = optimizer.rate_at(num_update) if buckets else optimizer.learning_rate
-            numbers = [rate, float(num_update), *map(float, optimizer.settings()[1:])]
+            settings = optimizer.settings_at(num_update if buckets else optimizer.num_update)
+            rate, decay, *others = map(float, settings)
         except ValueError as error:
             raise TypeError(
                 f"the settings of {type(optimizer).__name__} must be numbers: {error}"
             ) from None
-        self._agreed = numbers[0], numbers[2], num_update
-        kept = (bool(optimizer.multi_precision), *numbers[3:])
+        self._settings = settings
+        self._agreed = rate, decay, num_update
+        kept = (bool(optimizer.multi_precision), *others)
         if not self.may_raise and self._agreed_settings != kept:
             self._as_agreed, self._agreed_settings = copy(optimizer), kept
         if self._version != optimizer.version:
             self._forget_factors()
+        numbers = [rate, float(num_update), decay, *others]
         mixed = self._name_digest
         for word in struct.unpack(f"<{len(numbers)}Q", struct.pack(f"<{len(numbers)}d", *numbers)):
             mixed = (mixed ^ word) * 0x9E3779B97F4A7C15 % 2**64
@@ -250,8 +258,8 @@ class Optimize(Updater):
         ]
 
     def describe(self) -> str:
-        """Name the optimizer and its settings."""
-        return self._optimizer.describe()
+        """Name the optimizer and its settings, those that were digested last."""
+        return self._optimizer.describe(self._settings)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -296,7 +304,7 @@ class Optimize(Updater):
         name = type(self._optimizer).__qualname__
         self._name_digest = digest(name, *self._optimizer.names_and_factors())
 
-    def _rates(self, members: Sequence[Member]) -> list[tuple[tuple[float, float], int]]:
+    def _rates(self, members: Sequence[Member]) -> list[tuple[Factors, int]]:
         counts, factors, optimizer = self._counts, self._factors, self._optimizer
         rates = []
         for member in members:
@@ -312,6 +320,7 @@ class Optimize(Updater):
             n = self._optimizer.n_states(bucket.dtype)
             if any(len(self._states[run.chunk]) != n for run in bucket.runs):
                 raise ArgumentError(
-                    f"momentum and multi_precision of {type(self._optimizer).__name__} cannot be "
-                    "turned on or off once it has updated keys: call set_optimizer with a new one"
+                    f"momentum, centered and multi_precision of {type(self._optimizer).__name__} "
+                    "cannot be turned on or off once it has updated keys: call set_optimizer with "
+                    "a new one"
                 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 
 from ..arrays import Array
-from ..errors import ArgumentError
 from ..schema import Key
-from .base import Optimizer, Scheduler, Step
+from .base import Optimizer
+from .parts import check_decay, check_not_negative, update_mean, update_mean_square
+from .settings import Scheduler
+from .step import Step, power
 
 
 @final
@@ -27,18 +29,27 @@ class Adam(Optimizer):
     learning_rate : float, default 0.001
     beta1, beta2 : float, default 0.9 and 0.999
     epsilon : float, default 1e-8
+    lazy_update : bool, default True
+        Of a row-sparse gradient's key, update only the rows that it names.
     wd, rescale_grad, clip_gradient, lr_scheduler, multi_precision, param_idx2name, \
 begin_num_update
         See `Optimizer`.
+
+    References
+    ----------
+    D. P. Kingma and J. Ba, "Adam: a method for stochastic optimization", ICLR 2015.
     """
+
+    default_learning_rate: ClassVar[float] = 0.001
 
     def __init__(
         self,
         *,
-        learning_rate: float = 0.001,
+        learning_rate: float | None = None,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
+        lazy_update: bool = True,
         wd: float = 0.0,
         rescale_grad: float = 1.0,
         clip_gradient: float | None = None,
@@ -57,17 +68,18 @@ begin_num_update
             param_idx2name=param_idx2name,
             begin_num_update=begin_num_update,
         )
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= beta < 1:
-                raise ArgumentError(f"{name} must be at least 0 and below 1, got {beta}")
-        if not epsilon >= 0:
-            raise ArgumentError(f"epsilon must not be below 0, got {epsilon}")
-        self.beta1 = beta1
-        self.beta2 = beta2
-        self.epsilon = epsilon
+        self.beta1 = check_decay("beta1", beta1)
+        self.beta2 = check_decay("beta2", beta2)
+        self.epsilon = check_not_negative("epsilon", epsilon)
+        self.lazy_update = lazy_update
 
-    def _own_settings(self) -> tuple[float, ...]:
-        return (self.beta1, self.beta2, self.epsilon)
+    def _own_settings(self) -> dict[str, float]:
+        return {
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "epsilon": self.epsilon,
+            "lazy_update": self.lazy_update,
+        }
 
     def _n_states(self) -> int:
         return 2
@@ -76,18 +88,13 @@ begin_num_update
         self, weight: Array, grad: Array, state: list[Array], scratch: list[Array], step: Step
     ) -> None:
         mean, variance = state
-        beta1, beta2, epsilon = float(self.beta1), float(self.beta2), float(self.epsilon)
+        beta1, beta2 = float(self.beta1), float(self.beta2)
         g, a = self._gradient(weight, grad, scratch, step.wd), scratch[1]
-        np.multiply(mean, beta1, out=mean)
-        np.multiply(g, 1 - beta1, out=a)
-        np.add(mean, a, out=mean)
-        np.multiply(variance, beta2, out=variance)
-        np.multiply(g, g, out=a)  # not into g, which may be the sum itself
-        np.multiply(a, 1 - beta2, out=a)
-        np.add(variance, a, out=variance)
+        update_mean(mean, g, beta1, a)
+        update_mean_square(variance, g, beta2, a)
         np.sqrt(variance, out=a)
-        np.add(a, epsilon, out=a)
+        np.add(a, float(self.epsilon), out=a)
         np.divide(mean, a, out=a)
-        corrected = math.sqrt(1 - beta2**step.count) / (1 - beta1**step.count)
+        corrected = math.sqrt(1 - power(beta2, step.count)) / (1 - power(beta1, step.count))
         np.multiply(a, step.lr * corrected, out=a)
         np.subtract(weight, a, out=weight)

@@ -1,55 +1,53 @@
-"""What all optimizers share: settings, counts, states, and the walk in pieces.
+"""What all optimizers share: counts, states, and the walk in pieces.
 
 Rules of the file: a state belongs to one key and lives here, not in the store; the
 arithmetic of one optimizer is its `_step`, on flat pieces that fit into a core's
-cache, with scratch arrays given to it, so that no update allocates.
+cache, with scratch arrays given to it, so that no update allocates. It is ufuncs with
+`out` and nothing else: they take arrays of other libraries, too, and those used here
+(no ``exp``, no ``power``) give the same bits on every machine.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from threading import get_ident
+from typing import ClassVar
 
 import numpy as np
 
 from ..arrays import Array, DType, is_small_float, wide
-from ..errors import ArgumentError, DTypeMismatchError
+from ..errors import DTypeMismatchError
 from ..schema import Key, Spec
+from .settings import Scheduler, Settings
+from .step import Step as Step  # subclasses of others look for it here
 
 # Measured for SGD with momentum: 64 k elements are 2.5 times as fast as the whole
 # of a large key at once; below 8 k the calls into NumPy cost more than they save.
 PIECE_ELEMENTS = 1 << 16
 _N_SCRATCH = 3
 
-Scheduler = Callable[[int], float]
 
-
-@dataclass(frozen=True)
-class Step:
-    """The numbers of one update of one key, or of several that share them."""
-
-    lr: float
-    wd: float
-    count: int  # updates of this key so far, this one included
-
-
-class Optimizer(ABC):
+class Optimizer(Settings):
     """Base of all optimizers; names and defaults are MXNet's.
 
     Parameters
     ----------
-    learning_rate : float, default 0.01
+    learning_rate : float, optional
+        Default 0.01, unless the optimizer says otherwise; with a scheduler of
+        `kvcoll.lr_scheduler` its ``base_lr``, which a rate that is given replaces.
     wd : float, default 0
-        Weight decay: ``wd * weight`` is added to the gradient.
+        Weight decay: ``wd * weight`` is added to the gradient after clipping, unless
+        the optimizer says otherwise.
     rescale_grad : float, default 1
         The gradient is multiplied by it first. A distributed store hands over the
         sum over ranks, so a mean is ``1 / (batch_size * kv.num_workers)``.
     clip_gradient : float, optional
         The rescaled gradient is limited to ``[-clip_gradient, clip_gradient]``.
     lr_scheduler : callable, optional
-        Takes the number of updates so far, gives the learning rate.
+        Takes the number of updates so far, gives the learning rate: one of
+        `kvcoll.lr_scheduler`, or a function, which must give the same on all ranks
+        and beside which `learning_rate` is not used.
     multi_precision : bool, default False
         Keep a float32 master copy of the value of a 16-bit key.
     param_idx2name : mapping of key to str, optional
@@ -57,12 +55,22 @@ class Optimizer(ABC):
         keys whose name ends in neither ``_weight`` nor ``_gamma``.
     begin_num_update : int, default 0
         Where the count of updates starts.
+
+    Raises
+    ------
+    ArgumentError
+        A setting is not in its range.
+    TypeError
+        `lr_scheduler` cannot be called.
     """
+
+    #: Whether the step of a key depends on all of its elements, so that a piece is not enough.
+    needs_whole_keys: ClassVar[bool] = False
 
     def __init__(
         self,
         *,
-        learning_rate: float = 0.01,
+        learning_rate: float | None = None,
         wd: float = 0.0,
         rescale_grad: float = 1.0,
         clip_gradient: float | None = None,
@@ -71,86 +79,18 @@ class Optimizer(ABC):
         param_idx2name: Mapping[Key, str] | None = None,
         begin_num_update: int = 0,
     ) -> None:
-        if lr_scheduler is not None and not callable(lr_scheduler):
-            raise TypeError(f"lr_scheduler must be callable, got {type(lr_scheduler).__name__}")
-        if clip_gradient is not None and clip_gradient <= 0:
-            raise ArgumentError(f"clip_gradient must be above 0 or None, got {clip_gradient}")
-        self.lr = learning_rate
-        self.wd = wd
-        self.rescale_grad = rescale_grad
-        self.clip_gradient = clip_gradient
-        self.lr_scheduler = lr_scheduler
-        self.multi_precision = multi_precision
-        self.num_update = begin_num_update
-        self.begin_num_update = begin_num_update
-        self.version = 0  # goes up with every change of multipliers
-        self._counts: dict[Key, int] = {}
-        self._names = dict(param_idx2name or {})
-        self._lr_mult: dict[Key, float] = {}
-        self._wd_mult: dict[Key, float] = {}
-        self._scratch: dict[tuple[DType, int], list[Array]] = {}  # by thread
-        self.set_wd_mult({})
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next update, before a key's own multiplier."""
-        return self.rate_at(self.num_update)
-
-    def rate_at(self, num_update: int) -> float:
-        """Give the learning rate after so many updates."""
-        return float(self.lr if self.lr_scheduler is None else self.lr_scheduler(num_update))
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate from the next push on; all ranks must set the same.
-
-        Raises
-        ------
-        ArgumentError
-            A scheduler sets it.
-        """
-        if self.lr_scheduler is not None:
-            raise ArgumentError("the learning rate is set by lr_scheduler: change that instead")
-        self.lr = lr
-
-    def set_lr_mult(self, lr_mult: Mapping[Key, float]) -> None:
-        """Multiply the learning rate of single keys, given by key or by name."""
-        self._lr_mult = dict(lr_mult)
-        self.version += 1
-
-    def set_wd_mult(self, wd_mult: Mapping[Key, float]) -> None:
-        """Multiply the weight decay of single keys, given by key or by name."""
-        self._wd_mult = {
-            name: 0.0 for name in self._names.values() if not name.endswith(("_weight", "_gamma"))
-        }
-        self._wd_mult.update(wd_mult)
-        self.version += 1
-
-    def settings(self) -> tuple[float, ...]:
-        """Give the numbers that must be equal on all ranks; compared at every push."""
-        clip = -1.0 if self.clip_gradient is None else self.clip_gradient
-        return (self.learning_rate, self.wd, self.rescale_grad, clip, *self._own_settings())
-
-    def names_and_factors(self) -> tuple[str, ...]:
-        """Write down what else must be equal on all ranks; compared like `settings`."""
-        words = ["multi_precision"] if self.multi_precision else []
-        if self.begin_num_update:
-            words.append(f"begin_num_update={self.begin_num_update}")
-        for what, table in (
-            ("names", self._names),
-            ("lr_mult", self._lr_mult),
-            ("wd_mult", self._wd_mult),
-        ):
-            words += [f"{what}[{key!r}]={table[key]!r}" for key in sorted(table, key=repr)]
-        return tuple(words)
-
-    def describe(self) -> str:
-        """Write name and settings as messages do."""
-        # All digits: settings that differ must not read alike.
-        numbers = ", ".join(repr(float(n)).removesuffix(".0") for n in self.settings())
-        others = self.names_and_factors()
-        return f"{type(self).__name__}({numbers})" + (
-            f" with {', '.join(others)}" if others else ""
+        super().__init__(
+            learning_rate=learning_rate,
+            wd=wd,
+            rescale_grad=rescale_grad,
+            clip_gradient=clip_gradient,
+            lr_scheduler=lr_scheduler,
+            multi_precision=multi_precision,
+            param_idx2name=param_idx2name,
+            begin_num_update=begin_num_update,
         )
+        self._counts: dict[Key, int] = {}
+        self._scratch: dict[tuple[DType, int], list[Array]] = {}  # by thread
 
     def create_state(self, spec: Spec, weight: Array) -> tuple[Array, ...]:
         """Make the state of one key.
@@ -194,8 +134,9 @@ class Optimizer(ABC):
         count = self._counts.get(key, self.begin_num_update) + 1
         self._counts[key] = count
         self.num_update = max(self.num_update, count)
-        lr_mult, wd_mult = self.multipliers(key)
-        step = Step(self.learning_rate * lr_mult, float(self.wd) * wd_mult, count)
+        factors = self.multipliers(key)
+        lr, wd = self.learning_rate * factors.lr, float(self.wd) * factors.wd
+        step = Step(lr, wd, count, factors.adapts)
         flat = [array.reshape(-1) for array in state]
         self.update_flat(weight.reshape(-1), grad.reshape(-1), flat, step)
 
@@ -210,11 +151,10 @@ class Optimizer(ABC):
         step : Step
         """
         self.reserve(weight.dtype)
-        for start in range(0, weight.size, PIECE_ELEMENTS):
-            piece = slice(start, start + PIECE_ELEMENTS)
-            states = [array[piece] for array in state]
-            with np.errstate(all="ignore"):  # nothing may raise on one rank alone
-                self._update_piece(weight[piece], grad[piece], states, step)
+        with np.errstate(all="ignore"):  # nothing may raise on one rank alone
+            for start in range(0, weight.size, PIECE_ELEMENTS):
+                piece = slice(start, start + PIECE_ELEMENTS)
+                self._update_piece(weight[piece], grad[piece], [s[piece] for s in state], step)
 
     def reserve(self, dtype: DType) -> None:
         """Take the scratch memory that updates of keys of a dtype need."""
@@ -229,14 +169,6 @@ class Optimizer(ABC):
     def n_states(self, dtype: DType) -> int:
         """How many arrays of a key's size its state has."""
         return self._n_states() + self.keeps_master(dtype)
-
-    def multipliers(self, key: Key) -> tuple[float, float]:
-        """Give the factors of a key for the learning rate and for the weight decay."""
-        name = self._names.get(key, key)
-        lr_mult = self._lr_mult.get(key, self._lr_mult.get(name, 1.0))
-        wd_mult = self._wd_mult.get(key, self._wd_mult.get(name, 1.0))
-        # Python's own floats: NumPy's would widen the arithmetic of float32 keys.
-        return float(lr_mult), float(wd_mult)
 
     def check(self, spec: Spec) -> None:
         """Raise unless keys like this can be updated.
@@ -253,19 +185,27 @@ class Optimizer(ABC):
             )
 
     def _update_piece(self, weight: Array, grad: Array, state: list[Array], step: Step) -> None:
+        own, wide_grad, state, scratch = self._widened(weight, grad, state)
+        self._step(own, wide_grad, state, scratch, step)
+        if own is not weight:
+            np.copyto(weight, own, casting="unsafe")
+
+    def _widened(
+        self, weight: Array, grad: Array, state: list[Array]
+    ) -> tuple[Array, Array, list[Array], list[Array]]:
+        """Give a piece in the dtype of the arithmetic, without the master copy, and scratch."""
         dtype = wide(weight.dtype)
-        scratch = [array[: weight.size] for array in self._scratch[dtype, get_ident()]]
+        all_scratch, size = self._scratch[dtype, get_ident()], weight.size
+        scratch = [array[:size] for array in all_scratch[:_N_SCRATCH]]
         if weight.dtype == dtype:
-            self._step(weight, grad, state, scratch, step)
-            return
-        master, wide_grad = scratch[_N_SCRATCH:]
+            return weight, grad, state, scratch
+        master, wide_grad = (array[:size] for array in all_scratch[_N_SCRATCH:])
         if self.multi_precision:
-            master = state.pop()
+            *state, master = state
         else:
             np.copyto(master, weight)
         np.copyto(wide_grad, grad)
-        self._step(master, wide_grad, state, scratch, step)
-        np.copyto(weight, master, casting="unsafe")
+        return master, wide_grad, state, scratch
 
     def _gradient(
         self, weight: Array, grad: Array, scratch: list[Array], wd: float, factor: float = 1.0
@@ -291,13 +231,6 @@ class Optimizer(ABC):
             np.multiply(weight, wd * factor, out=scratch[1])
             np.add(own, scratch[1], out=own)
         return own
-
-    def _own_settings(self) -> tuple[float, ...]:
-        return ()
-
-    @abstractmethod
-    def _n_states(self) -> int:
-        """How many arrays of the value's shape a key's state has."""
 
     @abstractmethod
     def _step(

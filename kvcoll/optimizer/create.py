@@ -5,12 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ArgumentError
+from .adadelta import AdaDelta
+from .adagrad import AdaGrad
 from .adam import Adam
+from .adamax import Adamax
+from .adamw import AdamW
 from .base import Optimizer
+from .ftrl import Ftrl
+from .lamb import LAMB
+from .lars import LARS
+from .nadam import Nadam
+from .nag import NAG
 from .plain import Test
+from .rmsprop import RMSProp
 from .sgd import SGD
+from .signum import Signum
 
-_BY_NAME: dict[str, type[Optimizer]] = {"adam": Adam, "sgd": SGD, "test": Test}
+_BY_NAME: dict[str, type[Optimizer]] = {
+    "adadelta": AdaDelta,
+    "adagrad": AdaGrad,
+    "adam": Adam,
+    "adamax": Adamax,
+    "adamw": AdamW,
+    "ftrl": Ftrl,
+    "lamb": LAMB,
+    "lars": LARS,
+    "nadam": Nadam,
+    "nag": NAG,
+    "rmsprop": RMSProp,
+    "sgd": SGD,
+    "signum": Signum,
+    "test": Test,
+}
 
 
 def create(name: str, **kwargs: Any) -> Optimizer:
@@ -19,7 +45,7 @@ def create(name: str, **kwargs: Any) -> Optimizer:
     Parameters
     ----------
     name : str
-        Of any case: ``'sgd'``, ``'adam'``, ``'test'``.
+        Its class's name, of any case: ``'sgd'``, ``'adam'``, ``'lamb'``.
     **kwargs
         The optimizer's own settings.
 

@@ -7,7 +7,8 @@ from typing import final
 import numpy as np
 
 from ..arrays import Array
-from .base import Optimizer, Step
+from .base import Optimizer
+from .step import Step
 
 
 @final

@@ -9,7 +9,9 @@ import numpy as np
 
 from ..arrays import Array
 from ..schema import Key
-from .base import Optimizer, Scheduler, Step
+from .base import Optimizer
+from .settings import Scheduler
+from .step import Step
 
 
 @final
@@ -22,16 +24,25 @@ class SGD(Optimizer):
     Parameters
     ----------
     momentum : float, default 0
+    lazy_update : bool, default True
+        Of a row-sparse gradient's key, update only the rows that it names.
     learning_rate, wd, rescale_grad, clip_gradient, lr_scheduler, multi_precision, \
 param_idx2name, begin_num_update
         See `Optimizer`.
+
+    References
+    ----------
+    B. T. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
+    I. Sutskever et al., "On the importance of initialization and momentum in deep learning",
+    ICML 2013.
     """
 
     def __init__(
         self,
         *,
-        learning_rate: float = 0.01,
+        learning_rate: float | None = None,
         momentum: float = 0.0,
+        lazy_update: bool = True,
         wd: float = 0.0,
         rescale_grad: float = 1.0,
         clip_gradient: float | None = None,
@@ -51,9 +62,10 @@ param_idx2name, begin_num_update
             begin_num_update=begin_num_update,
         )
         self.momentum = momentum
+        self.lazy_update = lazy_update
 
-    def _own_settings(self) -> tuple[float, ...]:
-        return (self.momentum,)
+    def _own_settings(self) -> dict[str, float]:
+        return {"momentum": self.momentum, "lazy_update": self.lazy_update}
 
     def _n_states(self) -> int:
         return 1 if self.momentum else 0
