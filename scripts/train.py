@@ -45,7 +45,12 @@ import kvcoll
 
 Floats = NDArray[np.float32]
 Params = dict[str, Floats]
-LEARNING_RATES = {"sgd": 0.05, "adam": 0.002}
+LEARNING_RATES = {
+    "sgd": 0.05, "nag": 0.05, "adam": 0.002, "adamw": 0.002, "adamax": 0.005, "nadam": 0.002,
+    "lamb": 0.005, "lars": 1.0, "rmsprop": 0.0005, "adagrad": 0.02, "adadelta": 1.0, "ftrl": 0.05,
+    "signum": 0.001,
+}  # fmt: skip
+WITH_MOMENTUM = ("sgd", "nag", "lars")
 
 
 class Samples(NamedTuple):
@@ -134,8 +139,10 @@ def fit(
 def create_optimizer(args: argparse.Namespace) -> kvcoll.optimizer.Optimizer:
     """Return the optimizer; the store gives it sums over the global batch, it wants means."""
     rule = {"learning_rate": args.lr, "wd": args.wd, "rescale_grad": 1 / args.batch_size}
-    if args.optimizer == "sgd":
+    if args.optimizer in WITH_MOMENTUM:
         rule["momentum"] = args.momentum
+    if args.optimizer == "ftrl":  # its own defaults are for gradients that are not means
+        rule |= {"beta": 0.01, "lamda1": 1e-4}
     return kvcoll.optimizer.create(args.optimizer, **rule)
 
 
@@ -276,7 +283,7 @@ def describe_run(
     """Return the lines above the table, and its head."""
     shape = "-".join(map(str, [train.pixels.shape[1], *args.hidden, 10]))
     size = sum(value.size for value in params.values())
-    momentum = f"momentum {args.momentum:g}, " if args.optimizer == "sgd" else ""
+    momentum = f"momentum {args.momentum:g}, " if args.optimizer in WITH_MOMENTUM else ""
     return (
         f"store     {kv.type}, {count(kv.num_workers, 'rank')} on {count(kv.num_hosts, 'host')}\n"
         f"data      {len(train.digits):,} handwritten digits to train, {len(test.digits)} to test\n"
@@ -460,7 +467,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help=f"the rule by which the store updates the parameters {default}",
     )
     add("--lr", type=float, metavar="X", help=f"learning rate (default: {rates})")
-    add("--momentum", type=float, default=0.9, metavar="X", help=f"of sgd only {default}")
+    add(
+        "--momentum",
+        type=float,
+        default=0.9,
+        metavar="X",
+        help=f"of {', '.join(WITH_MOMENTUM)} only {default}",
+    )
     add("--wd", type=float, default=1e-4, metavar="X", help=f"weight decay {default}")
     add(
         "--seed",
