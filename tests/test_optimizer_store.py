@@ -81,8 +81,9 @@ def test_all_ranks_step_by_the_book_and_to_the_same_bits(comm: MPI.Intracomm, na
 def train(comm: MPI.Intracomm, name: str, dtype: str, way: str) -> list[Array]:
     """Push some gradients in one of several ways; give the values."""
     ours, _ = make_with_everything(name, "a_weight", multi_precision=dtype == "f2")
-    store, overlap = ("dist_async" if way == "late" else "dist_sync"), way == "behind the caller"
-    with kvcoll.create(store, comm=comm, **({"overlap": True} if overlap else {})) as kv:
+    store = "dist_async" if way == "late" else "dist_sync"
+    overlap: dict[str, Any] = {"overlap": "always"} if way == "behind the caller" else {}
+    with kvcoll.create(store, comm=comm, **overlap) as kv:
         kv.init(KEYS, numbers(dtype, 1))
         kv.set_optimizer(ours)
         own = kv.empty(KEYS) if way == "own arrays" else []
