@@ -283,7 +283,10 @@ class Engine:
 
     def _run(self, bucket: Bucket, values: list[list[Array]], updater: Updater, flags: int) -> None:
         """Sum and update one bucket, a piece at a time where the updater allows it."""
-        if self._compressor is not None:
+        if updater.needs_whole_keys:
+            total = self._sum(bucket, values, flags)
+            updater.begin(bucket)(0, bucket.n_elements, total)
+        elif self._compressor is not None:
             self._compressor.sum(bucket, self._compressor.packed(bucket), updater.begin(bucket))
         elif updater.assigns and not flags & _PLAIN:
             for run in bucket.runs:
@@ -294,11 +297,7 @@ class Engine:
         elif _sums_in_place(bucket, updater):
             self._assign(bucket, values, flags)
         else:
-            sink = updater.begin(bucket)
-            if updater.needs_whole_keys:
-                sink(0, bucket.n_elements, self._sum(bucket, values, flags))
-            else:
-                self._sum_pieces(bucket, values, flags, sink)
+            self._sum_pieces(bucket, values, flags, updater.begin(bucket))
 
     def _assign(self, bucket: Bucket, values: list[list[Array]], flags: int) -> None:
         """Sum one bucket where its values lie."""

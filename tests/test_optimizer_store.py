@@ -31,6 +31,7 @@ SHAPES = {
 }
 KEYS = list(SHAPES)
 STEPS = 3
+WAYS = ["one by one", "own arrays", "behind", "late", "as codes", "as codes, behind"]
 # The last settings of each class; all of them are tested without a store.
 ONE_OF_EACH = list({rule[0]: name for name, rule in RULES.items()}.values())
 
@@ -82,13 +83,16 @@ def train(comm: MPI.Intracomm, name: str, dtype: str, way: str) -> list[Array]:
     """Push some gradients in one of several ways; give the values."""
     ours, _ = make_with_everything(name, "a_weight", multi_precision=dtype == "f2")
     store = "dist_async" if way == "late" else "dist_sync"
-    overlap: dict[str, Any] = {"overlap": "always"} if way == "behind the caller" else {}
+    overlap: dict[str, Any] = {"overlap": "always"} if "behind" in way else {}
     with kvcoll.create(store, comm=comm, **overlap) as kv:
         kv.init(KEYS, numbers(dtype, 1))
         kv.set_optimizer(ours)
+        if way.startswith("as codes"):
+            kv.set_gradient_compression({"type": "fp16"})
         own = kv.empty(KEYS) if way == "own arrays" else []
         for step in range(STEPS):
-            grads = numbers(dtype, 2, step, kv.rank)
+            # Numbers that codes of 16 bits hold, and sums of them too.
+            grads = [(np.round(g * 64) / 64).astype(dtype) for g in numbers("f4", 2, step, kv.rank)]
             if way == "one by one":
                 for key, grad in zip(KEYS, grads, strict=True):
                     kv.push(key, grad)
@@ -111,7 +115,7 @@ def test_keys_in_one_bucket_are_updated_as_each_alone_would_be(
     together = train(comm, name, dtype, "together")
     for value, start in zip(together, numbers(dtype, 1), strict=True):
         assert value.size == 0 or value.tobytes() != start.tobytes()
-    for way in ("one by one", "own arrays", "behind the caller", "late"):
+    for way in WAYS:
         for key, one, other in zip(KEYS, together, train(comm, name, dtype, way), strict=True):
             assert one.tobytes() == other.tobytes(), (way, key)
     check_same_on_all_ranks(comm, together)
