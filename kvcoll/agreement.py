@@ -270,7 +270,7 @@ class AcrossRanks(Agreement):
             ((rank + 2**k) % size, (rank - 2**k) % size) for k in range((size - 1).bit_length())
         ]
         self._number = 0
-        self._num_active = size
+        self._num_active = self._size = size
         self._n_stores = 0
         self._open: set[int] = set()
         self._ended = ""
@@ -317,10 +317,14 @@ class AcrossRanks(Agreement):
     def confirm(self, call: Call, flags: int = 0, store: int = 0) -> int:
         """Compare digests; see `Agreement.confirm`."""
         own = (call.digest + store * _STORE_STEP) & _MASK | _FIRST
-        digest, flags = self._join_all(own, flags, call, store)
+        digest, joined = self._join(own, flags)
+        if joined & _SOME_JOINED:
+            digest, joined = self._with_joined(digest, own, flags, call, store)
+        elif call.keys is not None:
+            self._num_active = self._size
         if digest == _DIFFERENT:
             raise self._verdict(Report(self._named(call.name, store), tuple(call.items)))
-        return flags
+        return joined
 
     def serve(self, store: int = 0) -> Call | None:
         """Take part in the next agreement as one that has joined; see `Agreement.serve`."""
@@ -354,7 +358,9 @@ class AcrossRanks(Agreement):
         if self._ended:
             return
         own = (_CLOSE + store * _STORE_STEP) & _MASK | _FIRST
-        digest, _ = self._join_all(own, 0, Call("close()", 0), store)
+        digest, joined = self._join(own, 0)
+        if joined & _SOME_JOINED:
+            digest, _ = self._with_joined(digest, own, 0, Call("close()", 0), store)
         if digest == _DIFFERENT:
             mine = Report(self._named("close()", store))
             reports = self._reports(mine)
@@ -393,15 +399,12 @@ class AcrossRanks(Agreement):
             yield
         return self._judged([Report.decode(raw) for raw in farewell.texts()])
 
-    def _join_all(self, own: int, flags: int, call: Call, store: int) -> tuple[int, int]:
-        """Join digests; tell ranks that have joined what the call is, and join once more."""
-        digest, joined = self._join(own, flags)
-        if not joined & _SOME_JOINED:
-            if call.keys is not None:
-                self._num_active = self._messenger.topology.size
-            return digest, joined
+    def _with_joined(
+        self, digest: int, own: int, flags: int, call: Call, store: int
+    ) -> tuple[int, int]:
+        """Tell ranks that have joined what the call is, and agree once more."""
         if digest == _DIFFERENT:
-            return digest, joined
+            return digest, 0
         texts = self._all_texts(json.dumps([call.name, call.keys, store]).encode())
         if call.keys is not None:
             self._num_active = sum(text != b"null" for text in texts)
