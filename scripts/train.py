@@ -80,7 +80,11 @@ class Epoch:
 def main() -> int:
     """Run the command line; return the exit code, which is the same on every rank."""
     args = parse_args()
-    with kvcoll.create(args.kv_store) as kv, kvcoll.create(args.kv_store) as sums:
+    waits = args.kv_store.lower().replace("dist_async", "dist_sync")  # for sums at once
+    with (
+        kvcoll.create(args.kv_store, overlap=args.overlap) as kv,
+        kvcoll.create(waits) as sums,
+    ):
         return run(args, kv, sums)
 
 
@@ -119,6 +123,7 @@ def fit(
     names, values = list(params), list(params.values())
     kv.init(names, values)
     kv.set_optimizer(create_optimizer(args))
+    kv.set_gradient_compression(compression(args))
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
 
     sums.init("score", np.zeros(2))
@@ -132,6 +137,8 @@ def fit(
             kv.push(names, [gradients[name] for name in names])
             kv.pull(names, out=values)
             store_s += perf_counter() - pushed_s
+        kv.barrier()  # where pushes are late, they are applied now
+        kv.pull(names, out=values)
         train_s = perf_counter() - started_s
         yield Epoch(number, *score(sums, params, train, test), train_s, store_s)
 
@@ -144,6 +151,12 @@ def create_optimizer(args: argparse.Namespace) -> kvcoll.optimizer.Optimizer:
     if args.optimizer == "ftrl":  # its own defaults are for gradients that are not means
         rule |= {"beta": 0.01, "lamda1": 1e-4}
     return kvcoll.optimizer.create(args.optimizer, **rule)
+
+
+def compression(args: argparse.Namespace) -> dict[str, object]:
+    """Return how gradients travel."""
+    threshold = {"threshold": args.threshold} if args.compression in ("2bit", "1bit") else {}
+    return {"type": args.compression, **threshold}
 
 
 def score(
@@ -284,12 +297,13 @@ def describe_run(
     shape = "-".join(map(str, [train.pixels.shape[1], *args.hidden, 10]))
     size = sum(value.size for value in params.values())
     momentum = f"momentum {args.momentum:g}, " if args.optimizer in WITH_MOMENTUM else ""
+    codes = f", {args.compression} gradients" if args.compression != "none" else ""
     return (
         f"store     {kv.type}, {count(kv.num_workers, 'rank')} on {count(kv.num_hosts, 'host')}\n"
         f"data      {len(train.digits):,} handwritten digits to train, {len(test.digits)} to test\n"
         f"network   {shape}, {size:,} parameters in {len(params)} keys\n"
         f"training  {args.optimizer}, learning rate {args.lr:g}, {momentum}"
-        f"weight decay {args.wd:g}, global batch {args.batch_size}, seed {args.seed}\n\n"
+        f"weight decay {args.wd:g}, global batch {args.batch_size}, seed {args.seed}{codes}\n\n"
         "epoch  train loss  test accuracy  samples/s  in store"
     )
 
@@ -474,6 +488,20 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"of {', '.join(WITH_MOMENTUM)} only {default}",
     )
+    add(
+        "--compression",
+        default="none",
+        choices=["none", "2bit", "1bit", "fp16", "bf16"],
+        help=f"how gradients travel {default}",
+    )
+    add(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help=f"of 2bit and 1bit compression {default}",
+    )
+    add("--overlap", action="store_true", help="across hosts, sum while computing goes on")
     add("--wd", type=float, default=1e-4, metavar="X", help=f"weight decay {default}")
     add(
         "--seed",

@@ -243,3 +243,23 @@ def test_a_local_store_trains_where_mpi4py_cannot_be_imported(tmp_path: Path) ->
     job = start_alone(SCRIPT, "--kv-store", "local", paths=paths)
     assert job.returncode == 0, job.stderr
     assert "replicas: 1 of 1 the same bits" in job.stdout
+
+
+@pytest.mark.limit(120)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--kv-store", "dist_async"),
+        ("--compression", "2bit"),
+        ("--compression", "1bit", "--kv-store", "dist_async"),
+        ("--compression", "fp16"),
+        ("--compression", "bf16", "--overlap"),
+    ],
+    ids=" ".join,
+)
+def test_late_and_compressed_pushes_train_to_the_target(
+    start: Start, options: tuple[str, ...]
+) -> None:
+    job = start(2, SCRIPT, "--epochs", "12", "--target-accuracy", "0.95", *options)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "replicas: 2 of 2 the same bits" in job.stdout
