@@ -251,7 +251,7 @@ def test_a_local_store_trains_where_mpi4py_cannot_be_imported(tmp_path: Path) ->
     [
         ("--kv-store", "dist_async"),
         ("--compression", "2bit"),
-        ("--compression", "1bit", "--kv-store", "dist_async"),
+        ("--compression", "1bit"),
         ("--compression", "fp16"),
         ("--compression", "bf16", "--overlap"),
     ],
