@@ -23,7 +23,7 @@ import struct
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, final
@@ -62,15 +62,15 @@ class Call:
         The method, for messages: ``'push'``.
     digest : int
         64 bits over everything that must be equal on all ranks.
-    items : sequence of str
-        The same in words, one part each; compared only when digests differ.
+    items : iterable of str
+        The same in words, one part each; written and compared only when digests differ.
     keys : list of int or of str, or an int or a str; optional
         What is pushed, for ranks that have joined.
     """
 
     name: str
     digest: int
-    items: Sequence[str] = field(default=(), repr=False)
+    items: Iterable[str] = field(default=(), repr=False)
     keys: Any = field(default=None, repr=False)
 
 

@@ -7,7 +7,7 @@ user's updater is the one exception, and the ranks agree once more after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -46,6 +46,18 @@ class Push:
 
     def __post_init__(self) -> None:
         self.has_small_floats = any(bucket.is_small_float for bucket in self.buckets)
+
+
+@final
+class _WithUpdater:
+    """What a push is in words, its updater last; written only if the ranks differ."""
+
+    def __init__(self, items: Iterable[str], updater: Updater) -> None:
+        self._items, self._updater = items, updater
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._items
+        yield self._updater.describe()
 
 
 @final
@@ -272,7 +284,7 @@ class Engine:
         """Add to a push what its updater does: ranks must not update in different ways."""
         own = updater.digest(push.buckets)
         if push is not self._last[0] or own != self._last[1]:
-            items = (*push.call.items, updater.describe())
+            items = _WithUpdater(push.call.items, updater)
             call = Call(push.call.name, push.call.digest ^ own, items, push.call.keys)
             self._last = push, own, call
         return self._last[2]
