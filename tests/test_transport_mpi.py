@@ -13,6 +13,7 @@ from kvcoll.errors import ArgumentError
 from kvcoll.topology import Topology
 from kvcoll.transport import mpi
 from kvcoll.transport.contract import Transport
+from kvcoll.transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -22,13 +23,16 @@ class OverMpi(TransportContract):
     """What the classes below share."""
 
     settings: dict[str, int] = {}  # noqa: RUF012
+    waiting: Waiting | None = None
     world: MPI.Intracomm
 
     @pytest.fixture
     def transport(self, comm: MPI.Intracomm) -> Iterator[Transport]:
         type(self).world = comm
         own = mpi.duplicate(comm, 30)
-        made = mpi.MpiTransport(own, mpi.topology_of(own), tree=self.tree, **self.settings)
+        made = mpi.MpiTransport(
+            own, mpi.topology_of(own), tree=self.tree, waiting=self.waiting, **self.settings
+        )
         yield made
         made.close()
 
@@ -39,17 +43,29 @@ class OverMpi(TransportContract):
 class TestMpi(OverMpi):
     """As a store uses it: small arrays in one message, others by segments."""
 
-    edges_bytes = ((16 << 10) // 2, (16 << 10) // 3)
+    edges_bytes = ((16 << 10) // 2, (16 << 10) // 3, 60 << 10, 240 << 10)
 
 
 class TestMpiInManyPieces(OverMpi):
-    """Small limits stand for large arrays: pieces of 1 KiB a rank, messages of 1,000 bytes.
+    """Small limits stand for large arrays: segments of 1 KiB, messages of 300 bytes.
 
-    So the broadcast is cut in the midst of elements, as at 2^31 bytes.
+    So messages are cut in the midst of elements, and more segments than may be under way.
     """
 
-    settings = {"segment_bytes": 1024, "message_bytes": 1001, "small_bytes": 64}  # noqa: RUF012
-    edges_bytes = (64, 1001, 2 * 1024, 3 * 1024, 4 * 1024, 9 * 1024)
+    settings = {  # noqa: RUF012
+        "segment_bytes": 1024,
+        "message_bytes": 300,
+        "broadcast_bytes": 1001,
+        "small_bytes": 64,
+    }
+    edges_bytes = (64, 1001, 2 * 1024, 4 * 1024, 9 * 1024, 20 * 1024)
+
+
+class TestMpiThatWaitsPatiently(OverMpi):
+    """Nothing goes by a call that waits as the MPI likes to."""
+
+    waiting = Waiting.patient()
+    edges_bytes = (16 << 10,)
 
 
 class TestMpiInATree(OverMpi):

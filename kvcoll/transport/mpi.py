@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
 
-from ..arrays import Array, DType, round_to, wide
+from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
 from .contract import Messenger, Pending, Sink, Transport, Window
 from .launcher import check_launcher
+from .leg import MESSAGE_BYTES, DirectLeg, Leg, segment_bytes_for
 from .memory import SharedMemory, share
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_AGREE, _TEXT, _SCATTER, _GATHER = 1, 2, 3, 4  # tags
+_AGREE, _TEXT = 1, 2  # tags; a leg has its own
 # Measured with 2 ranks on one machine: below, one message with everything costs no
 # more than MPI_Allreduce; above, each rank adding its own segment is quicker.
 _SMALL_BYTES = 16 << 10
-# Segments near the size of a core's cache: 1 MiB to 4 MiB are equal, 64 KiB is 20 % slower.
-_SEGMENT_BYTES = 2 << 20
-_SCRATCH_BYTES = 64 << 20
-_MESSAGE_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
+_BROADCAST_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
 
 
 def import_mpi() -> Any:
@@ -176,23 +176,26 @@ def share_memory(
 
 @final
 class MpiTransport(Transport):
-    """Sums by segments: each rank adds one segment of every piece, and hands it out.
+    """Sums over ranks of which none share memory: each carries all of its array.
 
-    Moves ``2 (size - 1) / size`` of the array's bytes each way and rank, as the best
-    all-reduce does (Rabenseifner 2004), by MPI_Isend and MPI_Irecv; arrays of a few
-    thousand elements take one MPI_Allgather instead.
+    Arrays of a few thousand elements take one MPI_Allgather, larger ones a `DirectLeg`,
+    which moves ``2 (size - 1) / size`` of their bytes each way and rank.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
-        The transport's own: nobody else sends on it.
+        The transport's own: nobody else sends on it but with tags of their own.
     topology : Topology
+    waiting : Waiting or None, default None
+        How to wait for the others in a sum; None for as quick as can be.
     tree : bool, default False
         Add in a binary tree over the ranks, ``(0 + 1) + (2 + 3)``, and not one by one.
     segment_bytes : int, optional
-        The most that one rank adds at once.
+        How much is summed at once; several such segments are under way. 0 for what suits.
     message_bytes : int, optional
-        The longest broadcast message.
+        The longest message of a sum.
+    broadcast_bytes : int, optional
+        The longest message of a broadcast.
     small_bytes : int, optional
         Up to how many bytes of all ranks together go in one MPI_Allgather.
     """
@@ -202,49 +205,52 @@ class MpiTransport(Transport):
         comm: MPI.Intracomm,
         topology: Topology,
         *,
+        waiting: Waiting | None = None,
         tree: bool = False,
-        segment_bytes: int = _SEGMENT_BYTES,
-        message_bytes: int = _MESSAGE_BYTES,
+        segment_bytes: int = 0,
+        message_bytes: int = MESSAGE_BYTES,
+        broadcast_bytes: int = _BROADCAST_BYTES,
         small_bytes: int = _SMALL_BYTES,
     ) -> None:
         self.topology = topology
         mpi = import_mpi()
         self._comm = comm
         self._parts: list[MPI.Intracomm] = []
-        self._byte, self._wait_all = mpi.BYTE, mpi.Request.Waitall
-        self._rank, self._size = topology.rank, topology.size
-        self._others = [k for k in range(self._size) if k != self._rank]
-        self._message_bytes = message_bytes
-        self._small_bytes = small_bytes
-        segment_bytes = max(1024, min(segment_bytes, _SCRATCH_BYTES // comm.size))
-        # Of 16-byte elements, so that rows are aligned for every dtype.
-        self._segments = np.empty((comm.size, -(-segment_bytes // 16)), np.complex128)
-        self._small = np.empty(max(small_bytes, 16), np.uint8)
-        self._piece = np.empty(max(self._segments.nbytes, small_bytes), np.uint8)
-        row_bytes = max(self._segments[0].nbytes, 4 * small_bytes)
+        self._byte = mpi.BYTE
+        self._size = topology.size
+        self._broadcast_bytes = broadcast_bytes
+        # MPI_Allgather waits as MPI likes to.
+        self._small_bytes = small_bytes if waiting is None and self._size > 1 else 0
+        self._waiting = waiting or Waiting()
+        segment_bytes = segment_bytes or segment_bytes_for(self._size)
+        row_bytes = max(DirectLeg.row_bytes_for(self._size, segment_bytes), 4 * small_bytes)
         self._adder = Adder(topology.hosts, row_bytes, tree=tree)
+        self._leg: Leg = DirectLeg(
+            comm, mpi, self._adder, segment_bytes=segment_bytes, message_bytes=message_bytes
+        )
+        self._small = np.empty(max(small_bytes, 16), np.uint8)
+        n_16 = max(-(-segment_bytes // 16), -(-small_bytes // 16))
+        self._totals = np.empty((self._leg.depth, n_16), np.complex128)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
         n_bytes = source.nbytes
-        if n_bytes * self._size <= self._small_bytes:
+        if 0 < n_bytes * self._size <= self._small_bytes:
             self._sum_all(source, n_bytes, out)
-            return
-        for start, stop in self._pieces(source):
-            self._sum_piece(source[start:stop], out[start:stop])
+        else:
+            for _ in self._segments(source, out.dtype, out):
+                pass
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
-        """Sum by segments into a scratch piece; see `Transport.all_reduce_pieces`."""
+        """Sum by segments into scratch memory; see `Transport.all_reduce_pieces`."""
         n_bytes = source.nbytes
-        if n_bytes * self._size <= self._small_bytes:
-            total = self._piece[: source.size * dtype.itemsize].view(dtype)
+        if 0 < n_bytes * self._size <= self._small_bytes:
+            total = self._total(0, source.size, dtype)
             self._sum_all(source, n_bytes, total)
             sink(0, source.size, total)
             return
-        for start, stop in self._pieces(source):
-            total = self._piece[: (stop - start) * dtype.itemsize].view(dtype)
-            self._sum_piece(source[start:stop], total)
-            sink(start, stop, total)
+        for start, total in self._segments(source, dtype, None):
+            sink(start, start + total.size, total)
 
     def window(self, n_elements: int, dtype: DType) -> Window:
         """Give plain memory: no other rank can read it."""
@@ -255,10 +261,10 @@ class MpiTransport(Transport):
         self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Broadcast in messages of at most `message_bytes` (MPI_Bcast)."""
+        """Broadcast in messages of at most `broadcast_bytes` (MPI_Bcast)."""
         raw = buffer.view(np.uint8)
-        for start in range(0, raw.size, self._message_bytes):
-            self._comm.Bcast([raw[start : start + self._message_bytes], self._byte], root)
+        for start in range(0, raw.size, self._broadcast_bytes):
+            self._comm.Bcast([raw[start : start + self._broadcast_bytes], self._byte], root)
 
     def abort(self, why: str) -> NoReturn:
         """Say why on stderr, and end the job (MPI_Abort)."""
@@ -278,42 +284,34 @@ class MpiTransport(Transport):
         self._parts.append(part)
 
     def _sum_all(self, source: Array, n_bytes: int, out: Array) -> None:
-        if self._size == 1:
-            round_to(source, out)
-            return
         everything = self._small[: self._size * n_bytes]
         self._comm.Allgather([source.view(np.uint8), self._byte], [everything, self._byte])
         self._adder.add(everything.view(source.dtype).reshape(self._size, source.size), out)
 
-    def _pieces(self, source: Array) -> Iterator[tuple[int, int]]:
-        itemsize = wide(source.dtype).itemsize
-        step = self._size * (self._segments.shape[1] * 16 // itemsize)
-        for start in range(0, source.size, step):
-            yield start, min(start + step, source.size)
+    def _segments(
+        self, source: Array, dtype: DType, out: Array | None
+    ) -> Iterator[tuple[int, Array]]:
+        """Sum segment by segment, some ahead; give each one's start and sum, in order."""
+        leg, under_way = self._leg, deque[tuple[int, Array]]()
+        step = leg.segment_bytes // wide(source.dtype).itemsize
+        for number, start in enumerate(range(0, source.size, step)):
+            if len(under_way) == leg.depth:
+                self._waiting.until(leg.finish_one)
+                yield under_way.popleft()
+            mine = source[start : start + step]
+            if out is None:
+                total = self._total(number % leg.depth, mine.size, dtype)
+            else:
+                total = out[start : start + step]
+            leg.start(mine, total)
+            under_way.append((start, total))
+        while under_way:
+            self._waiting.until(leg.finish_one)
+            yield under_way.popleft()
 
-    def _sum_piece(self, source: Array, out: Array) -> None:
-        """Sum one piece: each rank adds its segment of it, and hands that out."""
-        if self._size == 1:
-            round_to(source, out)
-            return
-        rank, comm, byte = self._rank, self._comm, self._byte
-        bounds = [source.size * k // self._size for k in range(self._size + 1)]
-        parts = [slice(bounds[k], bounds[k + 1]) for k in range(self._size)]
-        n = bounds[rank + 1] - bounds[rank]
-        rows = [row.view(source.dtype)[:n] for row in self._segments]
-        rows[rank] = source[parts[rank]]
-        requests = [comm.Irecv([rows[k].view(np.uint8), byte], k, _SCATTER) for k in self._others]
-        for k in self._others:
-            requests.append(comm.Isend([source[parts[k]].view(np.uint8), byte], k, _SCATTER))
-        self._wait_all(requests)
-        mine = out[parts[rank]]
-        self._adder.add(rows, mine)
-        requests = [
-            comm.Irecv([out[parts[k]].view(np.uint8), byte], k, _GATHER) for k in self._others
-        ]
-        for k in self._others:
-            requests.append(comm.Isend([mine.view(np.uint8), byte], k, _GATHER))
-        self._wait_all(requests)
+    def _total(self, place: int, n: int, dtype: DType) -> Array:
+        total: Array = self._totals[place].view(dtype)
+        return total[:n]
 
 
 @final

@@ -1,0 +1,160 @@
+"""Sums over hosts that are made up pass the contract, however the ranks are placed.
+
+The hosts here are groups of ranks of one machine that share memory among themselves
+only: what crosses from group to group goes by MPI, as between machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from transport_contract import SMALL_FLOATS, Array, DType, TransportContract
+
+from kvcoll import reduction
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+from kvcoll.transport.contract import Transport
+from kvcoll.transport.hosts import HostsTransport, Stage
+from kvcoll.transport.leg import DirectLeg, segment_bytes_for
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+@pytest.fixture(scope="class")
+def transport(request: pytest.FixtureRequest, comm: MPI.Intracomm) -> Iterator[Transport]:
+    own = request.cls
+    own.world = comm
+    host_of = own.hosts[comm.size]
+    own.groups = Topology(0, host_of).hosts
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reduction, "_SEGMENT_BYTES", own.segment_bytes)
+        made = reduction.transport_for(
+            mpi.duplicate(comm, 30),
+            Topology(comm.rank, host_of),
+            tree=own.tree,
+            patient=own.patient,
+        )
+    assert isinstance(made, HostsTransport)
+    yield made
+    made.close()
+
+
+class OverHosts(TransportContract):
+    """What the classes below share: segments of 1 KiB, so that slots come round many times."""
+
+    hosts: dict[int, tuple[int, ...]] = {}  # noqa: RUF012  of each rank, by number of ranks
+    segment_bytes = 1 << 10
+    edges_bytes = (2 << 10, 40 << 10)
+    patient = False
+    world: MPI.Intracomm
+
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def expected(self, arrays: Sequence[Array], out_dtype: DType) -> Array:
+        """Sum host by host, then the hosts."""
+        if self.tree:
+            return super().expected(arrays, out_dtype)
+        wide: Any = np.float32 if arrays[0].dtype in SMALL_FLOATS else arrays[0].dtype
+        total = None
+        for group in self.groups:
+            of_host = arrays[group[0]].astype(wide)
+            for k in group[1:]:
+                of_host = of_host + arrays[k].astype(wide)
+            total = of_host if total is None else total + of_host
+        assert total is not None
+        return total.astype(out_dtype)
+
+    def all_of(self, mine: bytes) -> list[bytes]:
+        return self.world.allgather(mine)
+
+
+@pytest.mark.ranks(at_least=3)
+class TestHostsOfTwo(OverHosts):
+    """2 + 1 ranks, or 2 + 2."""
+
+    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+
+
+@pytest.mark.ranks(at_least=3)
+class TestHostsOfTwoAsAStoreUsesThem(OverHosts):
+    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+    segment_bytes = 0
+    edges_bytes = (240 << 10,)
+
+
+@pytest.mark.ranks(at_least=3)
+class TestHostsOfTwoThatWaitPatiently(OverHosts):
+    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+    segment_bytes = 4 << 10
+    patient = True
+
+
+@pytest.mark.ranks(exactly=4)
+class TestUnequalHosts(OverHosts):
+    """3 + 1 ranks, placed in turns."""
+
+    hosts = {4: (0, 1, 0, 0)}  # noqa: RUF012
+
+
+@pytest.mark.ranks(exactly=4)
+class TestThreeHosts(OverHosts):
+    """1 + 2 + 1 ranks: sums between hosts take two phases."""
+
+    hosts = {4: (0, 1, 1, 2)}  # noqa: RUF012
+    edges_bytes = (2 << 10, 16 << 10, 40 << 10)
+
+
+@pytest.mark.ranks(exactly=4)
+class TestHostsInAnotherOrderOnEachLane(OverHosts):
+    """Of the second ranks of the hosts, the first is on the second host."""
+
+    hosts = {4: (0, 1, 1, 0)}  # noqa: RUF012
+
+
+@pytest.mark.ranks(exactly=4)
+class TestHostsOfTwoInATree(OverHosts):
+    hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012
+    tree = True
+
+
+@pytest.mark.ranks(exactly=4)
+def test_a_tree_over_ranks_that_are_placed_in_turns_is_taken_flat(comm: MPI.Intracomm) -> None:
+    made = reduction.transport_for(
+        mpi.duplicate(comm, 30), Topology(comm.rank, (0, 1, 0, 1)), tree=True
+    )
+    parts = [np.float32(10.0) ** -k for k in range(4)]
+    total = np.array([parts[comm.rank]], np.float32)
+    made.all_reduce(total, total)
+    assert total[0] == (parts[0] + parts[1]) + (parts[2] + parts[3])
+    made.close()
+
+
+@pytest.mark.single
+def test_a_stage_is_passed_when_all_that_count_have_passed_it() -> None:
+    raw = np.zeros(3 * 64, np.uint8)
+    seen_by = [Stage(raw, rank, counted=2) for rank in range(3)]
+    assert all(stage.all_passed(0) for stage in seen_by)
+    seen_by[0].pass_to(2)
+    assert not any(stage.all_passed(1) for stage in seen_by)
+    seen_by[1].pass_to(1)
+    assert all(stage.all_passed(1) for stage in seen_by)
+    assert not any(stage.all_passed(2) for stage in seen_by)
+    assert raw.view(np.int64)[::8].tolist() == [2, 1, 0]
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("size", [2, 3, 4, 9, 64])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 8, 64])
+def test_a_segment_is_short_on_many_lanes_and_its_parts_fit_their_rows(
+    size: int, lanes: int
+) -> None:
+    segment_bytes = segment_bytes_for(size, lanes)
+    assert segment_bytes % 64 == 0
+    assert lanes * segment_bytes <= max(lanes * 16 << 10, 4 * max(240, 16 * size) << 10)
+    n = segment_bytes // 16
+    longest = max(n * (k + 1) // size - n * k // size for k in range(size))
+    assert DirectLeg.row_bytes_for(size, segment_bytes) >= 16 * (n if size == 2 else longest)
