@@ -70,7 +70,7 @@ def transport_for(
     if topology.num_hosts > 1:
         lane = mpi.split(comm, topology.local_rank, topology.host)
         flat.keep(lane)
-        return _over_hosts(lane, flat, share, waiting or Waiting(), tree=tree) or flat
+        return _over_hosts(lane, flat, share, waiting=waiting, tree=tree) or flat
     memory = share(HostTransport.bytes_for(topology.size, _PIECE_BYTES))
     if memory is None:
         return flat
@@ -83,8 +83,8 @@ def _over_hosts(
     lane: MPI.Intracomm,
     flat: Transport,
     share: Callable[[int], SharedMemory | None],
-    waiting: Waiting,
     *,
+    waiting: Waiting | None,
     tree: bool,
 ) -> Transport | None:
     """Make the transport over several hosts; None where one of them shares no memory."""
@@ -93,6 +93,7 @@ def _over_hosts(
     topology = flat.topology
     n_hosts, lanes = topology.num_hosts, min(len(ranks) for ranks in topology.hosts)
     segment_bytes, depth = _SEGMENT_BYTES or segment_bytes_for(n_hosts, lanes), depth_for(n_hosts)
+    small_bytes = mpi.SMALL_BYTES if waiting is None else 0
     size = len(topology.ranks_on(topology.host))
     memory = share(HostsTransport.bytes_for(size, lanes, segment_bytes, depth))
     if memory is None:
@@ -108,9 +109,10 @@ def _over_hosts(
         flat,
         leg,
         share,
-        waiting=waiting,
+        waiting=waiting or Waiting(),
         segment_bytes=segment_bytes,
         depth=depth,
+        small_bytes=small_bytes,
         tree=tree,
     )
 

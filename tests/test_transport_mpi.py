@@ -41,9 +41,9 @@ class OverMpi(TransportContract):
 
 
 class TestMpi(OverMpi):
-    """As a store uses it: small arrays in one message, others by segments."""
+    """As a store uses it: small arrays in one message or two, others by segments."""
 
-    edges_bytes = ((16 << 10) // 2, (16 << 10) // 3, 60 << 10, 240 << 10)
+    edges_bytes = ((32 << 10) // 2, (32 << 10) // 3, 60 << 10, 128 << 10, 240 << 10)
 
 
 class TestMpiInManyPieces(OverMpi):
@@ -57,8 +57,9 @@ class TestMpiInManyPieces(OverMpi):
         "message_bytes": 300,
         "broadcast_bytes": 1001,
         "small_bytes": 64,
+        "middle_bytes": 600,
     }
-    edges_bytes = (64, 1001, 2 * 1024, 4 * 1024, 9 * 1024, 20 * 1024)
+    edges_bytes = (64, 600, 1001, 2 * 1024, 4 * 1024, 9 * 1024, 20 * 1024)
 
 
 class TestMpiThatWaitsPatiently(OverMpi):
@@ -69,7 +70,7 @@ class TestMpiThatWaitsPatiently(OverMpi):
 
 
 class TestMpiInATree(OverMpi):
-    settings = {"segment_bytes": 1024, "small_bytes": 512}  # noqa: RUF012
+    settings = {"segment_bytes": 1024, "small_bytes": 512, "middle_bytes": 512}  # noqa: RUF012
     edges_bytes = (256, 9000)
     tree = True
 
@@ -83,7 +84,7 @@ def test_a_duplicate_speaks_past_its_original(comm: MPI.Intracomm, rank: int, si
     own = mpi.duplicate(comm, 30)
     told, got = np.array([rank]), np.array([-1])
     on_original = comm.Irecv(got, (rank - 1) % size, 1)  # as a user of the original may
-    transport = mpi.MpiTransport(own, mpi.topology_of(own), small_bytes=0)
+    transport = mpi.MpiTransport(own, mpi.topology_of(own), small_bytes=0, middle_bytes=0)
     summed = np.array([rank], np.float32)
     transport.all_reduce(summed, summed)
     got_early = got[0]

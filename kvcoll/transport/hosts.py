@@ -73,7 +73,7 @@ class HostsTransport(Transport):
     memory : SharedMemory
         Of `bytes_for` bytes, mapped by all ranks of this host.
     beside : Transport
-        Another transport over all ranks, for broadcasts.
+        Another transport over all ranks, for broadcasts and small arrays.
     leg : Leg or None
         Over this rank and those of the same local rank on the other hosts; None on a rank
         whose local rank the smallest host does not have.
@@ -83,6 +83,8 @@ class HostsTransport(Transport):
         How to wait for the other ranks.
     segment_bytes, depth : int
         Of the leg, the same on all ranks.
+    small_bytes : int
+        Up to how many bytes of all ranks together go by the transport beside.
     tree : bool, default False
         Add in a binary tree over the ranks.
 
@@ -103,6 +105,7 @@ class HostsTransport(Transport):
         waiting: Waiting,
         segment_bytes: int,
         depth: int,
+        small_bytes: int,
         tree: bool = False,
     ) -> None:
         self.topology = topology
@@ -112,6 +115,7 @@ class HostsTransport(Transport):
         self._beside, self._leg = beside, leg
         self._share, self._waiting = share, waiting
         self._segment_bytes, self._depth = segment_bytes, depth
+        self._small_bytes = small_bytes // topology.size
         self._slots = self._slots_for(depth)
         lines = _LINE_BYTES * self._size
         raw, rank = memory.raw, self._rank
@@ -148,6 +152,9 @@ class HostsTransport(Transport):
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum piece by piece; see `Transport.all_reduce`."""
+        if source.nbytes <= self._small_bytes:
+            self._beside.all_reduce(source, out)
+            return
 
         def copy(start: int, stop: int, total: Array) -> None:
             out[start:stop] = total
@@ -156,6 +163,9 @@ class HostsTransport(Transport):
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Stage and sum piece by piece; see `Transport.all_reduce_pieces`."""
+        if source.nbytes <= self._small_bytes:
+            self._beside.all_reduce_pieces(source, dtype, sink)
+            return
         pieces = _Plain(source, self._step(source.dtype), self._rank)
         self._run(pieces, dtype, sink)
 
@@ -171,7 +181,8 @@ class HostsTransport(Transport):
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum what lies in shared memory already; see `Transport.all_reduce_window`."""
-        if not window.is_shared:
+        n_bytes = (stop - start) * window.own.itemsize
+        if not window.is_shared or n_bytes <= self._small_bytes:
             self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
             return
         parts = [row[start:stop] for row in window.rows]
@@ -194,7 +205,7 @@ class HostsTransport(Transport):
         """Bring all pieces through their stages, each as soon as it may."""
         at = _Stages(self._passed, carries=self._leg is not None, count=pieces.count)
         self._passed = at.end
-        self._waiting.restart()
+        self._waiting.begin()
         while at.given < at.end:
             before = at.sum()
             self._finish(at)
@@ -203,8 +214,6 @@ class HostsTransport(Transport):
             self._stage(at, pieces)
             if before == at.sum():
                 self._waiting.pause()
-            else:
-                self._waiting.restart()
 
     def _stage(self, at: _Stages, pieces: _Pieces) -> None:
         """Show this rank's elements to the others, where what they added is in the way no more."""

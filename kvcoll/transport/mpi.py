@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _AGREE, _TEXT = 1, 2  # tags; a leg has its own
-# Measured with 2 ranks on one machine: below, one message with everything costs no
-# more than MPI_Allreduce; above, each rank adding its own segment is quicker.
-_SMALL_BYTES = 16 << 10
+# Measured over 1 Gbit/s with 4 hosts: few bytes are quickest in one call with everything, some
+# more in two calls by parts; from there on the wire's time is longer than Python's. Two ranks
+# send each other everything anyway, in short messages.
+SMALL_BYTES = 32 << 10
+_MIDDLE_BYTES = 128 << 10
 _BROADCAST_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
 
 
@@ -178,8 +180,9 @@ def share_memory(
 class MpiTransport(Transport):
     """Sums over ranks of which none share memory: each carries all of its array.
 
-    Arrays of a few thousand elements take one MPI_Allgather, larger ones a `DirectLeg`,
-    which moves ``2 (size - 1) / size`` of their bytes each way and rank.
+    Arrays of a few thousand elements take one MPI_Allgather, with more than two ranks some
+    more MPI_Alltoallv and MPI_Allgatherv, and larger ones a `DirectLeg`. All but the first
+    move ``2 (size - 1) / size`` of the array's bytes each way and rank.
 
     Parameters
     ----------
@@ -196,8 +199,9 @@ class MpiTransport(Transport):
         The longest message of a sum.
     broadcast_bytes : int, optional
         The longest message of a broadcast.
-    small_bytes : int, optional
-        Up to how many bytes of all ranks together go in one MPI_Allgather.
+    small_bytes, middle_bytes : int, optional
+        Up to how many bytes of all ranks together go in one MPI_Allgather, and up to how
+        many of one rank in two calls.
     """
 
     def __init__(
@@ -210,45 +214,46 @@ class MpiTransport(Transport):
         segment_bytes: int = 0,
         message_bytes: int = MESSAGE_BYTES,
         broadcast_bytes: int = _BROADCAST_BYTES,
-        small_bytes: int = _SMALL_BYTES,
+        small_bytes: int = SMALL_BYTES,
+        middle_bytes: int = _MIDDLE_BYTES,
     ) -> None:
         self.topology = topology
         mpi = import_mpi()
         self._comm = comm
         self._parts: list[MPI.Intracomm] = []
-        self._byte = mpi.BYTE
-        self._size = topology.size
+        self._byte, self._in_place = mpi.BYTE, mpi.IN_PLACE
+        self._rank, self._size = topology.rank, topology.size
         self._broadcast_bytes = broadcast_bytes
-        # MPI_Allgather waits as MPI likes to.
+        # MPI's collectives wait as MPI likes to.
         self._small_bytes = small_bytes if waiting is None and self._size > 1 else 0
+        self._middle_bytes = middle_bytes if waiting is None and self._size > 2 else 0
         self._waiting = waiting or Waiting()
         segment_bytes = segment_bytes or segment_bytes_for(self._size)
-        row_bytes = max(DirectLeg.row_bytes_for(self._size, segment_bytes), 4 * small_bytes)
+        # Rows of few bits are added in four.
+        row_bytes = max(
+            DirectLeg.row_bytes_for(self._size, segment_bytes), 4 * small_bytes, 4 * middle_bytes
+        )
         self._adder = Adder(topology.hosts, row_bytes, tree=tree)
         self._leg: Leg = DirectLeg(
             comm, mpi, self._adder, segment_bytes=segment_bytes, message_bytes=message_bytes
         )
-        self._small = np.empty(max(small_bytes, 16), np.uint8)
-        n_16 = max(-(-segment_bytes // 16), -(-small_bytes // 16))
+        self._rows = np.empty(max(small_bytes, middle_bytes + 32 * self._size), np.uint8)
+        n_16 = -(-max(segment_bytes, 4 * small_bytes, 4 * middle_bytes) // 16)
         self._totals = np.empty((self._leg.depth, n_16), np.complex128)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
-        n_bytes = source.nbytes
-        if 0 < n_bytes * self._size <= self._small_bytes:
-            self._sum_all(source, n_bytes, out)
-        else:
+        if not self._sum_at_once(source, out):
             for _ in self._segments(source, out.dtype, out):
                 pass
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Sum by segments into scratch memory; see `Transport.all_reduce_pieces`."""
-        n_bytes = source.nbytes
-        if 0 < n_bytes * self._size <= self._small_bytes:
+        if source.nbytes <= max(self._small_bytes, self._middle_bytes):
             total = self._total(0, source.size, dtype)
-            self._sum_all(source, n_bytes, total)
-            sink(0, source.size, total)
-            return
+            if self._sum_at_once(source, total):
+                sink(0, source.size, total)
+                return
         for start, total in self._segments(source, dtype, None):
             sink(start, start + total.size, total)
 
@@ -283,10 +288,37 @@ class MpiTransport(Transport):
         """Free another communicator, too, when this transport is closed."""
         self._parts.append(part)
 
-    def _sum_all(self, source: Array, n_bytes: int, out: Array) -> None:
-        everything = self._small[: self._size * n_bytes]
+    def _sum_at_once(self, source: Array, out: Array) -> bool:
+        """Sum in MPI's own calls; False, and nothing done, where a leg is quicker."""
+        n_bytes = source.nbytes
+        if 0 < n_bytes * self._size <= self._small_bytes:
+            self._sum_all(source, out)
+        elif 0 < n_bytes <= self._middle_bytes:
+            self._sum_by_parts(source, out)
+        else:
+            return False
+        return True
+
+    def _sum_all(self, source: Array, out: Array) -> None:
+        """Let every rank add everything (MPI_Allgather)."""
+        everything = self._rows[: self._size * source.nbytes]
         self._comm.Allgather([source.view(np.uint8), self._byte], [everything, self._byte])
         self._adder.add(everything.view(source.dtype).reshape(self._size, source.size), out)
+
+    def _sum_by_parts(self, source: Array, out: Array) -> None:
+        """Let each rank add a part, and give it out (MPI_Alltoallv, MPI_Allgatherv)."""
+        rank, size, byte = self._rank, self._size, self._byte
+        bounds = [source.size * k // size for k in range(size + 1)]
+        counts = [bounds[k + 1] - bounds[k] for k in range(size)]
+        n, itemsize = counts[rank], source.itemsize
+        rows = self._rows[: size * n * itemsize]
+        self._comm.Alltoallv(
+            [source.view(np.uint8), *_in_bytes(counts, bounds, itemsize), byte],
+            [rows, *_in_bytes([n] * size, [k * n for k in range(size)], itemsize), byte],
+        )
+        self._adder.add(rows.view(source.dtype).reshape(size, n), out[bounds[rank] :][:n])
+        given_out = [out.view(np.uint8), *_in_bytes(counts, bounds, out.itemsize), byte]
+        self._comm.Allgatherv(self._in_place, given_out)
 
     def _segments(
         self, source: Array, dtype: DType, out: Array | None
@@ -294,6 +326,7 @@ class MpiTransport(Transport):
         """Sum segment by segment, some ahead; give each one's start and sum, in order."""
         leg, under_way = self._leg, deque[tuple[int, Array]]()
         step = leg.segment_bytes // wide(source.dtype).itemsize
+        self._waiting.begin()
         for number, start in enumerate(range(0, source.size, step)):
             if len(under_way) == leg.depth:
                 self._waiting.until(leg.finish_one)
@@ -312,6 +345,11 @@ class MpiTransport(Transport):
     def _total(self, place: int, n: int, dtype: DType) -> Array:
         total: Array = self._totals[place].view(dtype)
         return total[:n]
+
+
+def _in_bytes(counts: list[int], starts: list[int], itemsize: int) -> tuple[list[int], list[int]]:
+    """Give the counts and places of elements in bytes, as MPI takes them."""
+    return [n * itemsize for n in counts], [n * itemsize for n in starts[: len(counts)]]
 
 
 @final

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from typing import final
 
-# Measured over 1 Gbit/s with 1 and 2 ranks a host: naps cost no time, as the kernel's buffers
-# keep the wire busy meanwhile, and a quarter of the cores' time. See scripts/results.
-_LOOKS = 200
+# Over 1 Gbit/s naps cost no time, as the kernel's buffers keep the wire busy meanwhile, and
+# spare three quarters of the cores' time; but a small sum would be over before the first.
+_LOOKS = 2000
 _NAP_S = 50e-6
+# MPICH takes some 128 KB from the network at a look: so a patient rank looks a few times.
+_PATIENT_LOOKS = 4
 _PATIENT_NAP_S = 500e-6
 
 
@@ -25,35 +27,37 @@ class Waiting:
 
     Parameters
     ----------
-    looks : int
-        After how many looks in vain to sleep; until then the core is only offered.
-    nap_s : float
+    looks : int, optional
+        After how many looks in vain to sleep for the first time in a sum.
+    again : int, optional
+        After how many more to sleep again.
+    nap_s : float, optional
         How long to sleep; the kernel adds some 50 microseconds.
     """
 
-    def __init__(self, *, looks: int = _LOOKS, nap_s: float = _NAP_S) -> None:
-        self.looks, self.nap_s = looks, nap_s
-        self._in_vain = 0
+    def __init__(self, *, looks: int = _LOOKS, again: int = 1, nap_s: float = _NAP_S) -> None:
+        self._looks, self._again, self._nap_s = looks, again, nap_s
+        self._left = looks
 
     @classmethod
     def patient(cls) -> Waiting:
-        """Give one that sleeps at once, so that the core is another thread's."""
-        return cls(looks=0, nap_s=_PATIENT_NAP_S)
+        """Give one that sleeps soon, so that the core is another thread's."""
+        return cls(looks=_PATIENT_LOOKS, again=_PATIENT_LOOKS, nap_s=_PATIENT_NAP_S)
+
+    def begin(self) -> None:
+        """Look often again: a sum begins."""
+        self._left = self._looks
 
     def pause(self) -> None:
         """Pass the time after a look in vain."""
-        if self._in_vain < self.looks:
-            self._in_vain += 1
+        self._left -= 1
+        if self._left > 0:
             os.sched_yield()
         else:
-            time.sleep(self.nap_s)
-
-    def restart(self) -> None:
-        """Look often again: something has come."""
-        self._in_vain = 0
+            self._left = self._again
+            time.sleep(self._nap_s)
 
     def until(self, done: Callable[[], bool]) -> None:
         """Return once `done` says so."""
-        self._in_vain = 0
         while not done():
             self.pause()
