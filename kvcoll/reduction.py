@@ -15,7 +15,7 @@ from .topology import Topology
 from .transport.contract import Transport
 from .transport.host import HostTransport
 from .transport.hosts import HostsTransport
-from .transport.leg import DirectLeg, depth_for, segment_bytes_for
+from .transport.leg import DirectLeg, LegSizes
 from .transport.memory import SharedMemory
 from .transport.waiting import Waiting
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _PIECE_BYTES = 1 << 20  # within a host: a piece of the sum stays in cache
-_SEGMENT_BYTES = 0  # between hosts: as long as suits their number
 # Where a core's writes are seen by others in their order, as shared memory needs it.
 _ORDERED_MACHINES = ("x86_64", "AMD64")
 NO_SHARED_MEMORY = (
@@ -92,17 +91,16 @@ def _over_hosts(
 
     topology = flat.topology
     n_hosts, lanes = topology.num_hosts, min(len(ranks) for ranks in topology.hosts)
-    segment_bytes, depth = _SEGMENT_BYTES or segment_bytes_for(n_hosts, lanes), depth_for(n_hosts)
+    sizes = LegSizes.between_hosts(n_hosts, lanes)
     small_bytes = mpi.SMALL_BYTES if waiting is None else 0
     size = len(topology.ranks_on(topology.host))
-    memory = share(HostsTransport.bytes_for(size, lanes, segment_bytes, depth))
+    memory = share(HostsTransport.bytes_for(size, lanes, sizes))
     if memory is None:
         return None
     leg = None
     if topology.local_rank < lanes:
-        row_bytes = DirectLeg.row_bytes_for(n_hosts, segment_bytes)
-        adder = Adder([[host] for host in range(n_hosts)], row_bytes, tree=tree)
-        leg = DirectLeg(lane, mpi.import_mpi(), adder, segment_bytes=segment_bytes)
+        adder = Adder([[host] for host in range(n_hosts)], sizes.row_bytes(n_hosts), tree=tree)
+        leg = DirectLeg(lane, mpi.import_mpi(), adder, sizes)
     return HostsTransport(
         topology,
         memory,
@@ -110,8 +108,7 @@ def _over_hosts(
         leg,
         share,
         waiting=waiting or Waiting(),
-        segment_bytes=segment_bytes,
-        depth=depth,
+        sizes=sizes,
         small_bytes=small_bytes,
         tree=tree,
     )

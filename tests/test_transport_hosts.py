@@ -18,7 +18,7 @@ from kvcoll.topology import Topology
 from kvcoll.transport import mpi
 from kvcoll.transport.contract import Transport
 from kvcoll.transport.hosts import HostsTransport, Stage
-from kvcoll.transport.leg import DirectLeg, segment_bytes_for
+from kvcoll.transport.leg import LegSizes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,7 +31,8 @@ def transport(request: pytest.FixtureRequest, comm: MPI.Intracomm) -> Iterator[T
     host_of = own.hosts[comm.size]
     own.groups = Topology(0, host_of).hosts
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(reduction, "_SEGMENT_BYTES", own.segment_bytes)
+        if own.leg_sizes is not None:
+            patched.setattr(LegSizes, "between_hosts", lambda *_: own.leg_sizes)
         made = reduction.transport_for(
             mpi.duplicate(comm, 30),
             Topology(comm.rank, host_of),
@@ -44,10 +45,13 @@ def transport(request: pytest.FixtureRequest, comm: MPI.Intracomm) -> Iterator[T
 
 
 class OverHosts(TransportContract):
-    """What the classes below share: segments of 1 KiB, so that slots come round many times."""
+    """What the classes below share: segments of 1 KiB, so that slots come round many times.
+
+    Messages of 300 bytes cut elements in two.
+    """
 
     hosts: dict[int, tuple[int, ...]] = {}  # noqa: RUF012  of each rank, by number of ranks
-    segment_bytes = 1 << 10
+    leg_sizes: LegSizes | None = LegSizes(1 << 10, 300, 4, 500)
     edges_bytes = (2 << 10, 40 << 10)
     patient = False
     world: MPI.Intracomm
@@ -82,14 +86,14 @@ class TestHostsOfTwo(OverHosts):
 @pytest.mark.ranks(at_least=3)
 class TestHostsOfTwoAsAStoreUsesThem(OverHosts):
     hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
-    segment_bytes = 0
+    leg_sizes = None
     edges_bytes = (240 << 10,)
 
 
 @pytest.mark.ranks(at_least=3)
 class TestHostsOfTwoThatWaitPatiently(OverHosts):
     hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
-    segment_bytes = 4 << 10
+    leg_sizes = LegSizes(4 << 10, 4 << 10, 2, 4 << 10)
     patient = True
 
 
@@ -152,9 +156,9 @@ def test_a_stage_is_passed_when_all_that_count_have_passed_it() -> None:
 def test_a_segment_is_short_on_many_lanes_and_its_parts_fit_their_rows(
     size: int, lanes: int
 ) -> None:
-    segment_bytes = segment_bytes_for(size, lanes)
-    assert segment_bytes % 64 == 0
-    assert lanes * segment_bytes <= max(lanes * 16 << 10, 4 * max(240, 16 * size) << 10)
-    n = segment_bytes // 16
+    sizes = LegSizes.between_hosts(size, lanes)
+    assert sizes.segment_bytes % 64 == 0
+    assert lanes * sizes.segment_bytes <= max(lanes * 16 << 10, 4 * max(240, 16 * size) << 10)
+    n = sizes.segment_bytes // 16
     longest = max(n * (k + 1) // size - n * k // size for k in range(size))
-    assert DirectLeg.row_bytes_for(size, segment_bytes) >= 16 * (n if size == 2 else longest)
+    assert sizes.row_bytes(size) >= 16 * (n if size == 2 else longest)

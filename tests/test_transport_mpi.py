@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from kvcoll.errors import ArgumentError
 from kvcoll.topology import Topology
 from kvcoll.transport import mpi
 from kvcoll.transport.contract import Transport
+from kvcoll.transport.leg import LegSizes
 from kvcoll.transport.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
 class OverMpi(TransportContract):
     """What the classes below share."""
 
-    settings: dict[str, int] = {}  # noqa: RUF012
+    settings: dict[str, Any] = {}  # noqa: RUF012
     waiting: Waiting | None = None
+    alone = False
     world: MPI.Intracomm
 
     @pytest.fixture
     def transport(self, comm: MPI.Intracomm) -> Iterator[Transport]:
         type(self).world = comm
         own = mpi.duplicate(comm, 30)
+        hosts = range(comm.size) if self.alone else [0] * comm.size
+        topology = Topology(comm.rank, tuple(hosts))
         made = mpi.MpiTransport(
-            own, mpi.topology_of(own), tree=self.tree, waiting=self.waiting, **self.settings
+            own, topology, tree=self.tree, waiting=self.waiting, **self.settings
         )
         yield made
         made.close()
@@ -43,7 +47,7 @@ class OverMpi(TransportContract):
 class TestMpi(OverMpi):
     """As a store uses it: small arrays in one message or two, others by segments."""
 
-    edges_bytes = ((32 << 10) // 2, (32 << 10) // 3, 60 << 10, 128 << 10, 240 << 10)
+    edges_bytes = ((32 << 10) // 2, (32 << 10) // 3, 128 << 10)
 
 
 class TestMpiInManyPieces(OverMpi):
@@ -53,13 +57,19 @@ class TestMpiInManyPieces(OverMpi):
     """
 
     settings = {  # noqa: RUF012
-        "segment_bytes": 1024,
-        "message_bytes": 300,
+        "sizes": LegSizes(1024, 300, 3, 200),
         "broadcast_bytes": 1001,
         "small_bytes": 64,
         "middle_bytes": 600,
     }
     edges_bytes = (64, 600, 1001, 2 * 1024, 4 * 1024, 9 * 1024, 20 * 1024)
+
+
+class TestMpiBetweenHosts(OverMpi):
+    """Each rank on a host of its own, as far as the transport knows."""
+
+    edges_bytes = (60 << 10, 240 << 10)
+    alone = True
 
 
 class TestMpiThatWaitsPatiently(OverMpi):
@@ -70,7 +80,11 @@ class TestMpiThatWaitsPatiently(OverMpi):
 
 
 class TestMpiInATree(OverMpi):
-    settings = {"segment_bytes": 1024, "small_bytes": 512, "middle_bytes": 512}  # noqa: RUF012
+    settings = {  # noqa: RUF012
+        "sizes": LegSizes(1024, 1024, 4, 1024),
+        "small_bytes": 512,
+        "middle_bytes": 512,
+    }
     edges_bytes = (256, 9000)
     tree = True
 

@@ -23,7 +23,7 @@ from ..arrays import Array, DType, wide
 from ..sums import Adder
 from ..topology import Topology
 from .contract import Sink, Transport, Window
-from .leg import Leg
+from .leg import Leg, LegSizes
 from .memory import SharedMemory
 from .waiting import Waiting
 
@@ -81,8 +81,8 @@ class HostsTransport(Transport):
         Gives that many bytes of further shared memory, or None, on all ranks alike.
     waiting : Waiting
         How to wait for the other ranks.
-    segment_bytes, depth : int
-        Of the leg, the same on all ranks.
+    sizes : LegSizes
+        Of the leg; the same on all ranks.
     small_bytes : int
         Up to how many bytes of all ranks together go by the transport beside.
     tree : bool, default False
@@ -103,8 +103,7 @@ class HostsTransport(Transport):
         share: Callable[[int], SharedMemory | None],
         *,
         waiting: Waiting,
-        segment_bytes: int,
-        depth: int,
+        sizes: LegSizes,
         small_bytes: int,
         tree: bool = False,
     ) -> None:
@@ -114,9 +113,10 @@ class HostsTransport(Transport):
         self._lanes = min(len(ranks) for ranks in topology.hosts)
         self._beside, self._leg = beside, leg
         self._share, self._waiting = share, waiting
-        self._segment_bytes, self._depth = segment_bytes, depth
+        segment_bytes = self._segment_bytes = sizes.segment_bytes
+        self._depth = sizes.depth
         self._small_bytes = small_bytes // topology.size
-        self._slots = self._slots_for(depth)
+        self._slots = self._slots_for(sizes.depth)
         lines = _LINE_BYTES * self._size
         raw, rank = memory.raw, self._rank
         self._staged = Stage(raw[:lines], rank, self._size)
@@ -130,7 +130,7 @@ class HostsTransport(Transport):
         self._of_host = np.empty((self._slots, -(-segment_bytes // 16)), np.complex128)
 
     @classmethod
-    def bytes_for(cls, size: int, lanes: int, segment_bytes: int, depth: int) -> int:
+    def bytes_for(cls, size: int, lanes: int, sizes: LegSizes) -> int:
         """Say how much memory the ranks of a host must share.
 
         Parameters
@@ -139,11 +139,12 @@ class HostsTransport(Transport):
             How many ranks the host has.
         lanes : int
             How many ranks the smallest host has.
-        segment_bytes, depth : int
+        sizes : LegSizes
             Of the leg.
         """
-        piece_bytes = lanes * segment_bytes
-        return _STAGES * _LINE_BYTES * size + (size + 1) * cls._slots_for(depth) * piece_bytes
+        slot_bytes = lanes * sizes.segment_bytes
+        n_slots = (size + 1) * cls._slots_for(sizes.depth)
+        return _STAGES * _LINE_BYTES * size + n_slots * slot_bytes
 
     @staticmethod
     def _slots_for(depth: int) -> int:

@@ -23,14 +23,60 @@ if TYPE_CHECKING:
 _SCATTER, _GATHER = 3, 4  # tags; others use the communicator with tags of their own
 # Longer messages ask first (Open MPI's btl_tcp_eager_limit is 64 KiB), and question and answer
 # queue behind megabytes of data in both directions: 40 MB took 410 to 550 ms instead of 335.
-MESSAGE_BYTES = 60 << 10
+_MESSAGE_BYTES = 60 << 10
 # What is under way fills the wire while a rank naps or adds, but not the queues of a switch:
 # there 4 MB a host were 10 % slower than 1 MB, with 3 peers that send to one.
-_SEGMENT_BYTES = 4 * MESSAGE_BYTES
+_SEGMENT_BYTES = 4 * _MESSAGE_BYTES
 _SMALLEST_PART_BYTES = 16 << 10
 _DEPTH = 4
-# Up to so many bytes of all peers everything goes to everyone: more bytes, but one phase.
 _SMALL_BYTES = 16 << 10
+# On one machine there is no wire to fill, and each message costs: with Open MPI short ones
+# took four times as long.
+_MEMORY_MESSAGE_BYTES, _MEMORY_SCRATCH_BYTES, _MEMORY_DEPTH = 2 << 20, 64 << 20, 1
+
+
+@dataclass(frozen=True)
+class LegSizes:
+    """How a leg cuts what it carries; the same on all peers.
+
+    Attributes
+    ----------
+    segment_bytes : int
+        The longest segment, in bytes of the dtype in which sums are taken.
+    message_bytes : int
+        The longest message.
+    depth : int
+        How many segments are under way at once.
+    whole_bytes : int
+        Up to how many bytes of one peer everything goes to everyone, and everyone adds it
+        all: more bytes, but one phase instead of two. What is rounded goes in two.
+    """
+
+    segment_bytes: int
+    message_bytes: int
+    depth: int
+    whole_bytes: int
+
+    @classmethod
+    def between_hosts(cls, size: int, lanes: int = 1) -> LegSizes:
+        """Choose for one of `lanes` ranks of each of `size` hosts."""
+        most = max(_SEGMENT_BYTES, size * _SMALLEST_PART_BYTES)
+        segment_bytes = max(_SMALLEST_PART_BYTES, 4 * _SEGMENT_BYTES // lanes // 64 * 64)
+        segment_bytes = min(most, segment_bytes)
+        if size == 2:  # everything is as many bytes as both halves
+            return cls(segment_bytes, _MESSAGE_BYTES, _DEPTH, segment_bytes)
+        # In two phases each segment is under way for twice as long.
+        return cls(segment_bytes, _MESSAGE_BYTES, 2 * _DEPTH, _SMALL_BYTES // size)
+
+    @classmethod
+    def in_memory(cls, size: int) -> LegSizes:
+        """Choose for `size` ranks of one host."""
+        part_bytes = min(_MEMORY_MESSAGE_BYTES, _MEMORY_SCRATCH_BYTES // size)
+        return cls(size * part_bytes, _MEMORY_MESSAGE_BYTES, _MEMORY_DEPTH, 0)
+
+    def row_bytes(self, size: int) -> int:
+        """Say how long the longest row is that one of `size` peers adds."""
+        return max(-(-self.segment_bytes // size) + 32, self.whole_bytes)
 
 
 class Leg(ABC):
@@ -38,14 +84,11 @@ class Leg(ABC):
 
     Attributes
     ----------
-    segment_bytes : int
-        The longest segment, in bytes of the dtype in which sums are taken.
-    depth : int
-        How many segments may be under way at once.
+    sizes : LegSizes
+        A segment is at most that long, and at most so many are under way.
     """
 
-    segment_bytes: int
-    depth: int
+    sizes: LegSizes
 
     @abstractmethod
     def start(self, mine: Array, out: Array) -> None:
@@ -89,50 +132,30 @@ class DirectLeg(Leg):
     mpi : module
         ``mpi4py.MPI``.
     adder : Adder
-        Of one row a peer; its rows must hold `row_bytes_for` bytes.
-    segment_bytes, message_bytes : int
-        The longest segment, and the longest message.
+        Of one row a peer; its rows must hold `LegSizes.row_bytes`.
+    sizes : LegSizes
     """
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        mpi: Any,
-        adder: Adder,
-        *,
-        segment_bytes: int,
-        message_bytes: int = MESSAGE_BYTES,
-    ) -> None:
-        self.segment_bytes = segment_bytes
+    def __init__(self, comm: MPI.Intracomm, mpi: Any, adder: Adder, sizes: LegSizes) -> None:
+        self.sizes = sizes
         self._comm, self._byte, self._test_all = comm, mpi.BYTE, mpi.Request.Testall
-        self._adder, self._message_bytes = adder, message_bytes
+        self._adder = adder
         self._rank, self._size = comm.rank, comm.size
-        self.depth = depth_for(self._size)
         # From the next peer on: not all to the first at once.
         self._others = [(self._rank + k) % self._size for k in range(1, self._size)]
-        n_16 = -(-self.row_bytes_for(self._size, segment_bytes) // 16)
+        n_16 = -(-sizes.row_bytes(self._size) // 16)
         # Of 16-byte elements, so that rows are aligned for every dtype.
-        self._free = [np.empty((self._size, n_16), np.complex128) for _ in range(self.depth)]
+        self._free = [np.empty((self._size, n_16), np.complex128) for _ in range(sizes.depth)]
         self._used: deque[Array] = deque()
         self._scattering: deque[_Segment] = deque()
         self._gathering: deque[_Segment] = deque()
-
-    @staticmethod
-    def row_bytes_for(size: int, segment_bytes: int) -> int:
-        """Say how long the longest row is that one of `size` peers adds."""
-        if size == 2:
-            return segment_bytes
-        return max(-(-segment_bytes // size) + 32, _SMALL_BYTES // size)
 
     def start(self, mine: Array, out: Array) -> None:
         """Send each peer its part; see `Leg.start`."""
         rows = self._free.pop()
         self._used.append(rows)
         # What is rounded in the sum has fewer bytes then: worth the second phase.
-        if self._size == 2:
-            whole = mine.itemsize == out.itemsize
-        else:
-            whole = mine.nbytes * self._size <= _SMALL_BYTES
+        whole = mine.itemsize == out.itemsize and mine.nbytes <= self.sizes.whole_bytes
         parts = [slice(0, mine.size)] * self._size if whole else self._parts(mine.size)
         own = parts[self._rank]
         n = own.stop - own.start
@@ -176,7 +199,7 @@ class DirectLeg(Leg):
         self, received: list[tuple[int, Array]], sent: list[tuple[int, Array]], tag: int
     ) -> list[MPI.Request]:
         """Post messages: to and from each peer its first, then its second ones."""
-        byte, step = self._byte, self._message_bytes
+        byte, step = self._byte, self.sizes.message_bytes
         receive, send = self._comm.Irecv, self._comm.Isend
         into = [(k, array.view(np.uint8)) for k, array in received]
         requests = []
@@ -190,14 +213,3 @@ class DirectLeg(Leg):
                 if start < raw.size:
                     requests.append(send([raw[start : start + step], byte], k, tag))
         return requests
-
-
-def segment_bytes_for(size: int, lanes: int = 1) -> int:
-    """Choose how much one of `lanes` ranks of a host carries at once to `size` hosts."""
-    most = max(_SEGMENT_BYTES, size * _SMALLEST_PART_BYTES)
-    return min(most, max(_SMALLEST_PART_BYTES, 4 * _SEGMENT_BYTES // lanes // 64 * 64))
-
-
-def depth_for(size: int) -> int:
-    """Say how many segments are under way: in two phases each is for twice as long."""
-    return _DEPTH if size == 2 else 2 * _DEPTH

@@ -21,7 +21,7 @@ from ..sums import Adder
 from ..topology import Topology
 from .contract import Messenger, Pending, Sink, Transport, Window
 from .launcher import check_launcher
-from .leg import MESSAGE_BYTES, DirectLeg, Leg, segment_bytes_for
+from .leg import DirectLeg, Leg, LegSizes
 from .memory import SharedMemory, share
 from .waiting import Waiting
 
@@ -193,10 +193,8 @@ class MpiTransport(Transport):
         How to wait for the others in a sum; None for as quick as can be.
     tree : bool, default False
         Add in a binary tree over the ranks, ``(0 + 1) + (2 + 3)``, and not one by one.
-    segment_bytes : int, optional
-        How much is summed at once; several such segments are under way. 0 for what suits.
-    message_bytes : int, optional
-        The longest message of a sum.
+    sizes : LegSizes or None, default None
+        How larger arrays are cut; None for what suits the topology.
     broadcast_bytes : int, optional
         The longest message of a broadcast.
     small_bytes, middle_bytes : int, optional
@@ -211,8 +209,7 @@ class MpiTransport(Transport):
         *,
         waiting: Waiting | None = None,
         tree: bool = False,
-        segment_bytes: int = 0,
-        message_bytes: int = MESSAGE_BYTES,
+        sizes: LegSizes | None = None,
         broadcast_bytes: int = _BROADCAST_BYTES,
         small_bytes: int = SMALL_BYTES,
         middle_bytes: int = _MIDDLE_BYTES,
@@ -227,19 +224,20 @@ class MpiTransport(Transport):
         # MPI's collectives wait as MPI likes to.
         self._small_bytes = small_bytes if waiting is None and self._size > 1 else 0
         self._middle_bytes = middle_bytes if waiting is None and self._size > 2 else 0
-        self._waiting = waiting or Waiting()
-        segment_bytes = segment_bytes or segment_bytes_for(self._size)
+        if topology.num_hosts == 1:
+            # Without a wire there is nothing to sleep for.
+            self._waiting = waiting or Waiting.restless()
+            sizes = sizes or LegSizes.in_memory(self._size)
+        else:
+            self._waiting = waiting or Waiting()
+            sizes = sizes or LegSizes.between_hosts(self._size)
         # Rows of few bits are added in four.
-        row_bytes = max(
-            DirectLeg.row_bytes_for(self._size, segment_bytes), 4 * small_bytes, 4 * middle_bytes
-        )
+        row_bytes = max(sizes.row_bytes(self._size), 4 * small_bytes, 4 * middle_bytes)
         self._adder = Adder(topology.hosts, row_bytes, tree=tree)
-        self._leg: Leg = DirectLeg(
-            comm, mpi, self._adder, segment_bytes=segment_bytes, message_bytes=message_bytes
-        )
+        self._leg: Leg = DirectLeg(comm, mpi, self._adder, sizes)
         self._rows = np.empty(max(small_bytes, middle_bytes + 32 * self._size), np.uint8)
-        n_16 = -(-max(segment_bytes, 4 * small_bytes, 4 * middle_bytes) // 16)
-        self._totals = np.empty((self._leg.depth, n_16), np.complex128)
+        n_16 = -(-max(sizes.segment_bytes, 4 * small_bytes, 4 * middle_bytes) // 16)
+        self._totals = np.empty((sizes.depth, n_16), np.complex128)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
@@ -324,16 +322,16 @@ class MpiTransport(Transport):
         self, source: Array, dtype: DType, out: Array | None
     ) -> Iterator[tuple[int, Array]]:
         """Sum segment by segment, some ahead; give each one's start and sum, in order."""
-        leg, under_way = self._leg, deque[tuple[int, Array]]()
-        step = leg.segment_bytes // wide(source.dtype).itemsize
+        leg, depth, under_way = self._leg, self._leg.sizes.depth, deque[tuple[int, Array]]()
+        step = leg.sizes.segment_bytes // wide(source.dtype).itemsize
         self._waiting.begin()
         for number, start in enumerate(range(0, source.size, step)):
-            if len(under_way) == leg.depth:
+            if len(under_way) == depth:
                 self._waiting.until(leg.finish_one)
                 yield under_way.popleft()
             mine = source[start : start + step]
             if out is None:
-                total = self._total(number % leg.depth, mine.size, dtype)
+                total = self._total(number % depth, mine.size, dtype)
             else:
                 total = out[start : start + step]
             leg.start(mine, total)

@@ -8,6 +8,7 @@ which has the network's work to do.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import final
@@ -43,6 +44,11 @@ class Waiting:
     def patient(cls) -> Waiting:
         """Give one that sleeps soon, so that the core is another thread's."""
         return cls(looks=_PATIENT_LOOKS, again=_PATIENT_LOOKS, nap_s=_PATIENT_NAP_S)
+
+    @classmethod
+    def restless(cls) -> Waiting:
+        """Give one that never sleeps."""
+        return cls(looks=sys.maxsize)
 
     def begin(self) -> None:
         """Look often again: a sum begins."""
