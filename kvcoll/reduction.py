@@ -7,20 +7,23 @@ what all hosts allow, and on nothing that one rank alone could see.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .sums import Adder
 from .topology import Topology
 from .transport.contract import Transport
 from .transport.host import HostTransport
+from .transport.hosts import HostsTransport
+from .transport.leg import DirectLeg, LegSizes
 from .transport.memory import SharedMemory
+from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# Within a host a piece of the sum stays in cache; a wire wants longer ones.
-_PIECE_BYTES, _WIRE_PIECE_BYTES = 1 << 20, 8 << 20
-_WIRE_MEMORY_BYTES = 64 << 20  # of a host, a quarter of what the pieces of its ranks take
-# Where a core's writes are seen by others in their order, as HostTransport needs it.
+_PIECE_BYTES = 1 << 20  # within a host: a piece of the sum stays in cache
+# Where a core's writes are seen by others in their order, as shared memory needs it.
 _ORDERED_MACHINES = ("x86_64", "AMD64")
 NO_SHARED_MEMORY = (
     "the ranks of this host cannot share memory (memfd_create, or /proc/<pid>/fd of another "
@@ -28,7 +31,9 @@ NO_SHARED_MEMORY = (
 )
 
 
-def transport_for(comm: MPI.Intracomm, topology: Topology, *, tree: bool = False) -> Transport:
+def transport_for(
+    comm: MPI.Intracomm, topology: Topology, *, tree: bool = False, patient: bool = False
+) -> Transport:
     """Take the quickest way there is for ranks that are so placed; collective.
 
     Parameters
@@ -39,6 +44,9 @@ def transport_for(comm: MPI.Intracomm, topology: Topology, *, tree: bool = False
         Of the ranks of `comm`.
     tree : bool, default False
         Add in a binary tree over the ranks, wherever they are.
+    patient : bool, default False
+        Leave the core to the caller's other threads while a sum waits for other ranks;
+        on one host sums take longer then.
 
     Returns
     -------
@@ -47,32 +55,63 @@ def transport_for(comm: MPI.Intracomm, topology: Topology, *, tree: bool = False
     """
     from .transport import mpi
 
-    flat = mpi.MpiTransport(comm, topology, tree=tree)
+    waiting = Waiting.patient() if patient else None
+    flat = mpi.MpiTransport(comm, topology, waiting=waiting, tree=tree)
     alone = topology.num_hosts == topology.size
     if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not _is_level(topology)):
         return flat
     here = mpi.split(comm, topology.host, topology.rank)
     flat.keep(here)
-    size = len(topology.ranks_on(topology.host))
-    piece_bytes = _PIECE_BYTES
-    if topology.num_hosts > 1:
-        largest = max(len(ranks) for ranks in topology.hosts)
-        piece_bytes = max(_PIECE_BYTES, min(_WIRE_PIECE_BYTES, _WIRE_MEMORY_BYTES // largest))
 
     def share(n_bytes: int) -> SharedMemory | None:
         return mpi.share_memory(here, n_bytes, everywhere=comm)
 
-    memory = share(HostTransport.bytes_for(size, piece_bytes))
-    if memory is None:
-        return flat
-    across = None
     if topology.num_hosts > 1:
         lane = mpi.split(comm, topology.local_rank, topology.host)
         flat.keep(lane)
-        if topology.local_rank < min(len(ranks) for ranks in topology.hosts):
-            between = Topology(topology.host, tuple(range(topology.num_hosts)))
-            across = mpi.MpiTransport(lane, between, tree=tree)
-    return HostTransport(topology, memory, flat, across, share, tree=tree, piece_bytes=piece_bytes)
+        return _over_hosts(lane, flat, share, waiting=waiting, tree=tree) or flat
+    memory = share(HostTransport.bytes_for(topology.size, _PIECE_BYTES))
+    if memory is None:
+        return flat
+    return HostTransport(
+        topology, memory, flat, share, waiting=waiting, tree=tree, piece_bytes=_PIECE_BYTES
+    )
+
+
+def _over_hosts(
+    lane: MPI.Intracomm,
+    flat: Transport,
+    share: Callable[[int], SharedMemory | None],
+    *,
+    waiting: Waiting | None,
+    tree: bool,
+) -> Transport | None:
+    """Make the transport over several hosts; None where one of them shares no memory."""
+    from .transport import mpi
+
+    topology = flat.topology
+    n_hosts, lanes = topology.num_hosts, min(len(ranks) for ranks in topology.hosts)
+    sizes = LegSizes.between_hosts(n_hosts, lanes)
+    small_bytes = mpi.SMALL_BYTES if waiting is None else 0
+    size = len(topology.ranks_on(topology.host))
+    memory = share(HostsTransport.bytes_for(size, lanes, sizes))
+    if memory is None:
+        return None
+    leg = None
+    if topology.local_rank < lanes:
+        adder = Adder([[host] for host in range(n_hosts)], sizes.row_bytes(n_hosts), tree=tree)
+        leg = DirectLeg(lane, mpi.import_mpi(), adder, sizes)
+    return HostsTransport(
+        topology,
+        memory,
+        flat,
+        leg,
+        share,
+        waiting=waiting or Waiting(),
+        sizes=sizes,
+        small_bytes=small_bytes,
+        tree=tree,
+    )
 
 
 def lacks_shared_memory(transport: Transport) -> bool:
@@ -80,7 +119,7 @@ def lacks_shared_memory(transport: Transport) -> bool:
     topology = transport.topology
     share_a_host = topology.num_hosts < topology.size
     ordered = platform.machine() in _ORDERED_MACHINES
-    return share_a_host and ordered and not isinstance(transport, HostTransport)
+    return share_a_host and ordered and not isinstance(transport, (HostTransport, HostsTransport))
 
 
 def _is_level(topology: Topology) -> bool:

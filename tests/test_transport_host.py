@@ -1,8 +1,6 @@
-"""Sums through shared memory pass the contract, on one host and over hosts that are made up.
+"""Sums through the memory that the ranks of one host share pass the contract.
 
-The hosts here are groups of ranks of one machine that share memory among themselves
-only: what crosses from group to group goes by MPI, as between machines. In a run over
-several hosts, a class whose groups do not each fit on one of them is skipped.
+In a run over several hosts they are skipped.
 """
 
 from __future__ import annotations
@@ -31,19 +29,18 @@ def transport(
     request: pytest.FixtureRequest, comm: MPI.Intracomm, host_of: tuple[int, ...]
 ) -> Iterator[Transport]:
     own = request.cls
-    own.world = comm
-    truly_on = host_of
-    host_of = own.hosts.get(comm.size, (0,) * comm.size)
-    own.groups = Topology(0, host_of).hosts
-    if any(len({truly_on[rank] for rank in group}) > 1 for group in own.groups):
+    own.world, own.groups = comm, (tuple(range(comm.size)),)
+    if len(set(host_of)) > 1:
         pytest.skip("ranks that are to share memory here are on several hosts")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reduction, "_PIECE_BYTES", own.piece_bytes)
-        patched.setattr(reduction, "_WIRE_PIECE_BYTES", own.piece_bytes)
         made = reduction.transport_for(
-            mpi.duplicate(comm, 30), Topology(comm.rank, host_of), tree=own.tree
+            mpi.duplicate(comm, 30),
+            Topology(comm.rank, (0,) * comm.size),
+            tree=own.tree,
+            patient=own.patient,
         )
-    assert isinstance(made, HostTransport) == (len(set(host_of)) < comm.size)
+    assert isinstance(made, HostTransport) == (comm.size > 1)
     yield made
     made.close()
 
@@ -51,8 +48,8 @@ def transport(
 class ThroughMemory(TransportContract):
     """What the classes below share."""
 
-    hosts: dict[int, tuple[int, ...]] = {}  # noqa: RUF012  by number of ranks; one if not here
     piece_bytes = 1 << 20
+    patient = False
     world: MPI.Intracomm
 
     def all_of(self, mine: bytes) -> list[bytes]:
@@ -84,51 +81,10 @@ class TestOneHostInATree(ThroughMemory):
     tree = True
 
 
-@pytest.mark.ranks(at_least=3)
-class TestHostsOfTwo(ThroughMemory):
-    """2 + 1 ranks, or 2 + 2."""
-
-    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+class TestOneHostThatWaitsPatiently(ThroughMemory):
     piece_bytes = 64 << 10
     edges_bytes = (70 << 10,)
-
-
-@pytest.mark.ranks(exactly=4)
-class TestUnequalHosts(ThroughMemory):
-    """3 + 1 ranks, placed in turns."""
-
-    hosts = {4: (0, 1, 0, 0)}  # noqa: RUF012
-    piece_bytes = 64 << 10
-    edges_bytes = (70 << 10,)
-
-
-@pytest.mark.ranks(exactly=4)
-class TestHostsInAnotherOrderOnEachLane(ThroughMemory):
-    """Of the second ranks of the hosts, the first is on the second host."""
-
-    hosts = {4: (0, 1, 1, 0)}  # noqa: RUF012
-    piece_bytes = 64 << 10
-    edges_bytes = (70 << 10,)
-
-
-@pytest.mark.ranks(exactly=4)
-class TestHostsOfTwoInATree(ThroughMemory):
-    hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012
-    piece_bytes = 64 << 10
-    edges_bytes = (70 << 10,)
-    tree = True
-
-
-@pytest.mark.ranks(exactly=4)
-def test_a_tree_over_ranks_that_are_placed_in_turns_is_taken_flat(comm: MPI.Intracomm) -> None:
-    made = reduction.transport_for(
-        mpi.duplicate(comm, 30), Topology(comm.rank, (0, 1, 0, 1)), tree=True
-    )
-    parts = [np.float32(10.0) ** -k for k in range(4)]
-    total = np.array([parts[comm.rank]], np.float32)
-    made.all_reduce(total, total)
-    assert total[0] == (parts[0] + parts[1]) + (parts[2] + parts[3])
-    made.close()
+    patient = True
 
 
 @pytest.mark.ranks(at_least=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from kvcoll.errors import ArgumentError
 from kvcoll.topology import Topology
 from kvcoll.transport import mpi
 from kvcoll.transport.contract import Transport
+from kvcoll.transport.leg import LegSizes
+from kvcoll.transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 class OverMpi(TransportContract):
     """What the classes below share."""
 
-    settings: dict[str, int] = {}  # noqa: RUF012
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    waiting: Waiting | None = None
+    alone = False
     world: MPI.Intracomm
 
     @pytest.fixture
@@ -29,7 +33,11 @@ class OverMpi(TransportContract):
         type(self).world = comm
         type(self).groups = Topology(0, host_of).hosts
         own = mpi.duplicate(comm, 30)
-        made = mpi.MpiTransport(own, mpi.topology_of(own), tree=self.tree, **self.settings)
+        hosts = range(comm.size) if self.alone else [0] * comm.size
+        topology = Topology(comm.rank, tuple(hosts))
+        made = mpi.MpiTransport(
+            own, topology, tree=self.tree, waiting=self.waiting, **self.settings
+        )
         yield made
         made.close()
 
@@ -38,23 +46,46 @@ class OverMpi(TransportContract):
 
 
 class TestMpi(OverMpi):
-    """As a store uses it: small arrays in one message, others by segments."""
+    """As a store uses it: small arrays in one message or two, others by segments."""
 
-    edges_bytes = ((16 << 10) // 2, (16 << 10) // 3)
+    edges_bytes = ((32 << 10) // 2, (32 << 10) // 3, 128 << 10)
 
 
 class TestMpiInManyPieces(OverMpi):
-    """Small limits stand for large arrays: pieces of 1 KiB a rank, messages of 1,000 bytes.
+    """Small limits stand for large arrays: segments of 1 KiB, messages of 300 bytes.
 
-    So the broadcast is cut in the midst of elements, as at 2^31 bytes.
+    So messages are cut in the midst of elements, and more segments than may be under way.
     """
 
-    settings = {"segment_bytes": 1024, "message_bytes": 1001, "small_bytes": 64}  # noqa: RUF012
-    edges_bytes = (64, 1001, 2 * 1024, 3 * 1024, 4 * 1024, 9 * 1024)
+    settings = {  # noqa: RUF012
+        "sizes": LegSizes(1024, 300, 3, 200),
+        "broadcast_bytes": 1001,
+        "small_bytes": 64,
+        "middle_bytes": 600,
+    }
+    edges_bytes = (64, 600, 1001, 2 * 1024, 4 * 1024, 9 * 1024, 20 * 1024)
+
+
+class TestMpiBetweenHosts(OverMpi):
+    """Each rank on a host of its own, as far as the transport knows."""
+
+    edges_bytes = (60 << 10, 240 << 10)
+    alone = True
+
+
+class TestMpiThatWaitsPatiently(OverMpi):
+    """Nothing goes by a call that waits as the MPI likes to."""
+
+    waiting = Waiting.patient()
+    edges_bytes = (16 << 10,)
 
 
 class TestMpiInATree(OverMpi):
-    settings = {"segment_bytes": 1024, "small_bytes": 512}  # noqa: RUF012
+    settings = {  # noqa: RUF012
+        "sizes": LegSizes(1024, 1024, 4, 1024),
+        "small_bytes": 512,
+        "middle_bytes": 512,
+    }
     edges_bytes = (256, 9000)
     tree = True
 
@@ -69,7 +100,7 @@ def test_a_duplicate_speaks_past_its_original(comm: MPI.Intracomm, rank: int, si
     own = mpi.duplicate(comm, 30)
     told, got = np.array([rank]), np.array([-1])
     on_original = comm.Irecv(got, (rank - 1) % size, 1)  # as a user of the original may
-    transport = mpi.MpiTransport(own, mpi.topology_of(own), small_bytes=0)
+    transport = mpi.MpiTransport(own, mpi.topology_of(own), small_bytes=0, middle_bytes=0)
     summed = np.array([rank], np.float32)
     transport.all_reduce(summed, summed)
     got_early = got[0]

@@ -1,11 +1,9 @@
-"""The ranks of one host through memory that they share, and on to other hosts.
+"""The ranks of one host through memory that they share.
 
 Each rank writes what others need of its array into its own staging memory, adds its
 segment of every piece, in the order of the ranks, and all read the sum from a common
 place while it is in cache. Into a window, each rank adds its segment where it is to lie
-on itself, and copies it from its cache to where it is to lie on the others. Where there
-are several hosts, a rank sums its segment over the hosts before it gives it out: so all
-of them carry their share of what crosses the network, and no byte crosses it twice.
+on itself, and copies it from its cache to where it is to lie on the others.
 
 Rules of the file: a rank writes only its own staging, its own segment, of others'
 windows too, and its own counters; counters only grow; what a rank may overwrite is
@@ -25,6 +23,7 @@ from ..sums import Adder
 from ..topology import Topology
 from .contract import Exchange, Sink, Transport, Window
 from .memory import SharedMemory
+from .waiting import Waiting
 
 # Measured with 2 ranks and float32: see scripts/results.
 _PIECE_BYTES = 1 << 20
@@ -49,15 +48,20 @@ class Counters:
     rank : int
     yields : bool
         Whether there are more ranks than cores, so that waiting must not burn one.
+    waiting : Waiting or None, default None
+        How to wait; None for as quick as can be.
     """
 
-    def __init__(self, raw: Array, rank: int, *, yields: bool) -> None:
+    def __init__(
+        self, raw: Array, rank: int, *, yields: bool, waiting: Waiting | None = None
+    ) -> None:
         words = raw.view(np.int64).data
         step = _LINE_BYTES // 8
         self._mine = words[rank * step : rank * step + 1]
         others = [k for k in range(raw.size // _LINE_BYTES) if k != rank]
         self._others = [words[k * step : k * step + 1] for k in others]
-        self._spins = 0 if yields else _SPINS
+        self._spins = 0 if yields or waiting else _SPINS
+        self._pause = waiting.pause if waiting else os.sched_yield
         self.value = 0
 
     def raise_one(self) -> None:
@@ -74,26 +78,25 @@ class Counters:
                 if spins:
                     spins -= 1
                 else:
-                    os.sched_yield()
+                    self._pause()
 
 
 @final
 class HostTransport(Transport):
-    """Sums over the ranks of a host through shared memory, then over hosts.
+    """Sums over the ranks of one host through shared memory.
 
     Parameters
     ----------
     topology : Topology
-        Of all ranks.
+        Of all ranks, which are on one host.
     memory : SharedMemory
-        Of `bytes_for` bytes, mapped by all ranks of this host.
+        Of `bytes_for` bytes, mapped by all ranks.
     beside : Transport
-        Another transport over all ranks, for broadcasts and small arrays.
-    across : Transport or None
-        Over this rank and those of the same local rank on the other hosts; None if there
-        are no other hosts, or on a rank whose local rank the smallest host does not have.
+        Another transport over all ranks, for broadcasts.
     share : callable
         Gives that many bytes of further shared memory, or None, on all ranks alike.
+    waiting : Waiting or None, default None
+        How to wait for the other ranks; None for as quick as can be.
     tree : bool, default False
         Add in a binary tree over the ranks.
     piece_bytes : int, optional
@@ -112,20 +115,16 @@ class HostTransport(Transport):
         topology: Topology,
         memory: SharedMemory,
         beside: Transport,
-        across: Transport | None,
         share: Callable[[int], SharedMemory | None],
         *,
+        waiting: Waiting | None = None,
         tree: bool = False,
         piece_bytes: int = _PIECE_BYTES,
         small_bytes: int = _SMALL_BYTES,
     ) -> None:
         self.topology = topology
-        here = topology.ranks_on(topology.host)
-        self._rank, self._size = here.index(topology.rank), len(here)
-        self._lanes = min(len(ranks) for ranks in topology.hosts)
-        self._several_hosts = topology.num_hosts > 1
-        self._wide_between = any(len(ranks) > 1 for ranks in topology.hosts)
-        self._beside, self._across = beside, across
+        self._rank, self._size = topology.rank, topology.size
+        self._beside = beside
         self._share = share
         self._piece_bytes = piece_bytes
         lines = min(small_bytes // self._size, piece_bytes) // _LINE_BYTES
@@ -133,15 +132,15 @@ class HostTransport(Transport):
         yields = self._size > (os.cpu_count() or 1)
         lines = _LINE_BYTES * self._size
         raw = memory.raw
-        self._ready = Counters(raw[:lines], self._rank, yields=yields)
-        self._added = Counters(raw[lines : 2 * lines], self._rank, yields=yields)
+        self._ready = Counters(raw[:lines], self._rank, yields=yields, waiting=waiting)
+        self._added = Counters(raw[lines : 2 * lines], self._rank, yields=yields, waiting=waiting)
         slots = raw[2 * lines :].reshape(2 * (self._size + 1), piece_bytes)
         self._staging = slots[2:].reshape(self._size, 2, piece_bytes)
         self._sums = slots[:2]
         self._flip = 0
         rows = range(self._size)
         self._adder = Adder([rows], max(piece_bytes, 4 * small_bytes), tree=tree)
-        self._private = np.empty(max(piece_bytes, small_bytes), np.uint8)
+        self._private = np.empty(small_bytes, np.uint8)
 
     @staticmethod
     def bytes_for(size: int, piece_bytes: int = _PIECE_BYTES) -> int:
@@ -159,10 +158,7 @@ class HostTransport(Transport):
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum through shared memory; see `Transport.all_reduce`."""
         if source.nbytes <= self._small_bytes:
-            if self._several_hosts:
-                self._beside.all_reduce(source, out)
-            else:
-                self._sum_small(source, out)
+            self._sum_small(source, out)
             return
 
         def copy(start: int, stop: int, total: Array) -> None:
@@ -187,7 +183,7 @@ class HostTransport(Transport):
             total, mine = self._total(flip, stop - start, dtype)
             rows = [staged[flip].view(source.dtype)[mine] for staged in self._staging]
             rows[self._rank] = source[start:stop][mine]
-            self._add(rows, total[mine])
+            self._adder.add(rows, total[mine])
             self._added.raise_one()
             self._flip = 1 - flip
             if stop < source.size:
@@ -220,7 +216,7 @@ class HostTransport(Transport):
         for low in range(0, n, step):
             high = min(low + step, n)
             total, mine = self._total(self._flip, high - low, dtype)
-            self._add([row[low:high][mine] for row in source], total[mine])
+            self._adder.add([row[low:high][mine] for row in source], total[mine])
             self._added.raise_one()
             self._flip = 1 - self._flip
             # When all have added, all have used the sum in the other slot.
@@ -235,7 +231,7 @@ class HostTransport(Transport):
         if source is None:
             source = own
         n_bytes, is_plain = source.nbytes, source.dtype == own.dtype
-        if n_bytes <= self._small_bytes or not is_plain or not self._sees_all(out):
+        if n_bytes <= self._small_bytes or not is_plain or not out.is_shared:
             self.all_reduce(source, own)
             return
         outs = [row[start:stop] for row in out.rows]
@@ -259,7 +255,7 @@ class HostTransport(Transport):
         if own.nbytes <= _SMALL_WINDOW_BYTES:
             self.all_reduce(source.own[start:stop], own)
             return
-        if not source.is_shared or not self._sees_all(out):
+        if not source.is_shared or not out.is_shared:
             super().all_reduce_windows(source, out, start, stop)
             return
         sources = [row[start:stop] for row in source.rows]
@@ -290,8 +286,6 @@ class HostTransport(Transport):
 
     def _piece_for(self, n_bytes: int) -> int:
         """Cut small arrays into a few pieces, too, so that one is staged while one is added."""
-        if self._several_hosts:
-            return self._piece_bytes
         return min(self._piece_bytes, max(_SMALLEST_PIECE_BYTES, n_bytes // 4))
 
     def _total(self, flip: int, n: int, dtype: DType) -> tuple[Array, slice]:
@@ -300,19 +294,8 @@ class HostTransport(Transport):
         return total, self._segment(n)
 
     def _segment(self, n: int) -> slice:
-        """Find which part of a piece this rank adds; none on a rank that has no lane."""
-        low, high = min(self._rank, self._lanes), min(self._rank + 1, self._lanes)
-        return slice(n * low // self._lanes, n * high // self._lanes)
-
-    def _add(self, rows: list[Array], out: Array) -> None:
-        """Add this rank's segment of a piece, over the other hosts, too."""
-        if not self._several_hosts:
-            self._adder.add(rows, out)
-        elif self._across is not None and out.size:
-            dtype = wide(out.dtype) if self._wide_between else rows[0].dtype
-            of_host = self._private[: out.size * dtype.itemsize].view(dtype)
-            self._adder.add(rows, of_host)
-            self._across.all_reduce(of_host, out)
+        """Find which part of a piece this rank adds."""
+        return slice(n * self._rank // self._size, n * (self._rank + 1) // self._size)
 
     def _stage(self, piece: Array) -> None:
         """Copy what other ranks add of this piece, and say that it is there."""
@@ -321,10 +304,6 @@ class HostTransport(Transport):
         staged[: mine.start] = piece[: mine.start]
         staged[mine.stop : piece.size] = piece[mine.stop :]
         self._ready.raise_one()
-
-    def _sees_all(self, window: Window) -> bool:
-        """Say whether this rank may write its segment into the rows of all ranks."""
-        return window.is_shared and not self._several_hosts
 
     def _show(self, source: Array, own: Array, low: int, high: int) -> None:
         """Copy what other ranks add of a piece to where its sum is to lie, for them to see."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
 
-from ..arrays import Array, DType, round_to, wide
+from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
@@ -26,19 +27,20 @@ from .launcher import (
     name_of_library,
     say_if_alone,
 )
+from .leg import DirectLeg, Leg, LegSizes
 from .memory import SharedMemory, share
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_AGREE, _TEXT, _SCATTER, _GATHER, _EXCHANGE = 1, 2, 3, 4, 5  # tags
-# Measured with 2 ranks on one machine: below, one message with everything costs no
-# more than MPI_Allreduce; above, each rank adding its own segment is quicker.
-_SMALL_BYTES = 16 << 10
-# Segments near the size of a core's cache: 1 MiB to 4 MiB are equal, 64 KiB is 20 % slower.
-_SEGMENT_BYTES = 2 << 20
-_SCRATCH_BYTES = 64 << 20
-_MESSAGE_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
+_AGREE, _TEXT, _EXCHANGE = 1, 2, 5  # tags; a leg has its own
+# Measured over 1 Gbit/s with 4 hosts: few bytes are quickest in one call with everything, some
+# more in two calls by parts; from there on the wire's time is longer than Python's. Two ranks
+# send each other everything anyway, in short messages.
+SMALL_BYTES = 32 << 10
+_MIDDLE_BYTES = 128 << 10
+_BROADCAST_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
 
 
 def import_mpi() -> Any:
@@ -211,25 +213,28 @@ def share_memory(
 
 @final
 class MpiTransport(Transport):
-    """Sums by segments: each rank adds one segment of every piece, and hands it out.
+    """Sums over ranks of which none share memory: each carries all of its array.
 
-    Moves ``2 (size - 1) / size`` of the array's bytes each way and rank, as the best
-    all-reduce does (Rabenseifner 2004), by MPI_Isend and MPI_Irecv; arrays of a few
-    thousand elements take one MPI_Allgather instead.
+    Arrays of a few thousand elements take one MPI_Allgather, with more than two ranks some
+    more MPI_Alltoallv and MPI_Allgatherv, and larger ones a `DirectLeg`. All but the first
+    move ``2 (size - 1) / size`` of the array's bytes each way and rank.
 
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm
-        The transport's own: nobody else sends on it.
+        The transport's own: nobody else sends on it but with tags of their own.
     topology : Topology
+    waiting : Waiting or None, default None
+        How to wait for the others in a sum; None for as quick as can be.
     tree : bool, default False
         Add in a binary tree over the ranks, ``(0 + 1) + (2 + 3)``, and not one by one.
-    segment_bytes : int, optional
-        The most that one rank adds at once.
-    message_bytes : int, optional
-        The longest broadcast message.
-    small_bytes : int, optional
-        Up to how many bytes of all ranks together go in one MPI_Allgather.
+    sizes : LegSizes or None, default None
+        How larger arrays are cut; None for what suits the topology.
+    broadcast_bytes : int, optional
+        The longest message of a broadcast.
+    small_bytes, middle_bytes : int, optional
+        Up to how many bytes of all ranks together go in one MPI_Allgather, and up to how
+        many of one rank in two calls.
     """
 
     def __init__(
@@ -237,49 +242,53 @@ class MpiTransport(Transport):
         comm: MPI.Intracomm,
         topology: Topology,
         *,
+        waiting: Waiting | None = None,
         tree: bool = False,
-        segment_bytes: int = _SEGMENT_BYTES,
-        message_bytes: int = _MESSAGE_BYTES,
-        small_bytes: int = _SMALL_BYTES,
+        sizes: LegSizes | None = None,
+        broadcast_bytes: int = _BROADCAST_BYTES,
+        small_bytes: int = SMALL_BYTES,
+        middle_bytes: int = _MIDDLE_BYTES,
     ) -> None:
         self.topology = topology
         mpi = import_mpi()
         self._comm = comm
         self._parts: list[MPI.Intracomm] = []
-        self._byte, self._wait_all = mpi.BYTE, mpi.Request.Waitall
+        self._byte, self._in_place = mpi.BYTE, mpi.IN_PLACE
         self._rank, self._size = topology.rank, topology.size
-        self._others = [k for k in range(self._size) if k != self._rank]
-        self._message_bytes = message_bytes
-        self._small_bytes = small_bytes
-        segment_bytes = max(1024, min(segment_bytes, _SCRATCH_BYTES // comm.size))
-        # Of 16-byte elements, so that rows are aligned for every dtype.
-        self._segments = np.empty((comm.size, -(-segment_bytes // 16)), np.complex128)
-        self._small = np.empty(max(small_bytes, 16), np.uint8)
-        self._piece = np.empty(max(self._segments.nbytes, small_bytes), np.uint8)
-        row_bytes = max(self._segments[0].nbytes, 4 * small_bytes)
+        self._broadcast_bytes = broadcast_bytes
+        # MPI's collectives wait as MPI likes to.
+        self._small_bytes = small_bytes if waiting is None and self._size > 1 else 0
+        self._middle_bytes = middle_bytes if waiting is None and self._size > 2 else 0
+        if topology.num_hosts == 1:
+            # Without a wire there is nothing to sleep for.
+            self._waiting = waiting or Waiting.restless()
+            sizes = sizes or LegSizes.in_memory(self._size)
+        else:
+            self._waiting = waiting or Waiting()
+            sizes = sizes or LegSizes.between_hosts(self._size)
+        # Rows of few bits are added in four.
+        row_bytes = max(sizes.row_bytes(self._size), 4 * small_bytes, 4 * middle_bytes)
         self._adder = Adder(topology.hosts, row_bytes, tree=tree)
+        self._leg: Leg = DirectLeg(comm, mpi, self._adder, sizes)
+        self._rows = np.empty(max(small_bytes, middle_bytes + 32 * self._size), np.uint8)
+        n_16 = -(-max(sizes.segment_bytes, 4 * small_bytes, 4 * middle_bytes) // 16)
+        self._totals = np.empty((sizes.depth, n_16), np.complex128)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum by segments, or all at once if small; see `Transport.all_reduce`."""
-        n_bytes = source.nbytes
-        if n_bytes * self._size <= self._small_bytes:
-            self._sum_all(source, n_bytes, out)
-            return
-        for start, stop in self._pieces(source):
-            self._sum_piece(source[start:stop], out[start:stop])
+        if not self._sum_at_once(source, out):
+            for _ in self._segments(source, out.dtype, out):
+                pass
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
-        """Sum by segments into a scratch piece; see `Transport.all_reduce_pieces`."""
-        n_bytes = source.nbytes
-        if n_bytes * self._size <= self._small_bytes:
-            total = self._piece[: source.size * dtype.itemsize].view(dtype)
-            self._sum_all(source, n_bytes, total)
-            sink(0, source.size, total)
-            return
-        for start, stop in self._pieces(source):
-            total = self._piece[: (stop - start) * dtype.itemsize].view(dtype)
-            self._sum_piece(source[start:stop], total)
-            sink(start, stop, total)
+        """Sum by segments into scratch memory; see `Transport.all_reduce_pieces`."""
+        if source.nbytes <= max(self._small_bytes, self._middle_bytes):
+            total = self._total(0, source.size, dtype)
+            if self._sum_at_once(source, total):
+                sink(0, source.size, total)
+                return
+        for start, total in self._segments(source, dtype, None):
+            sink(start, start + total.size, total)
 
     def window(self, private: Array) -> Window:
         """Give private memory: no other rank can read it."""
@@ -290,10 +299,10 @@ class MpiTransport(Transport):
         self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
 
     def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Broadcast in messages of at most `message_bytes` (MPI_Bcast)."""
+        """Broadcast in messages of at most `broadcast_bytes` (MPI_Bcast)."""
         raw = buffer.view(np.uint8)
-        for start in range(0, raw.size, self._message_bytes):
-            self._comm.Bcast([raw[start : start + self._message_bytes], self._byte], root)
+        for start in range(0, raw.size, self._broadcast_bytes):
+            self._comm.Bcast([raw[start : start + self._broadcast_bytes], self._byte], root)
 
     def start_all_to_all(
         self, sent: Mapping[int, Array], received: Mapping[int, Array]
@@ -325,43 +334,68 @@ class MpiTransport(Transport):
         """Free another communicator, too, when this transport is closed."""
         self._parts.append(part)
 
-    def _sum_all(self, source: Array, n_bytes: int, out: Array) -> None:
-        if self._size == 1:
-            round_to(source, out)
-            return
-        everything = self._small[: self._size * n_bytes]
+    def _sum_at_once(self, source: Array, out: Array) -> bool:
+        """Sum in MPI's own calls; False, and nothing done, where a leg is quicker."""
+        n_bytes = source.nbytes
+        if 0 < n_bytes * self._size <= self._small_bytes:
+            self._sum_all(source, out)
+        elif 0 < n_bytes <= self._middle_bytes:
+            self._sum_by_parts(source, out)
+        else:
+            return False
+        return True
+
+    def _sum_all(self, source: Array, out: Array) -> None:
+        """Let every rank add everything (MPI_Allgather)."""
+        everything = self._rows[: self._size * source.nbytes]
         self._comm.Allgather([source.view(np.uint8), self._byte], [everything, self._byte])
         self._adder.add(everything.view(source.dtype).reshape(self._size, source.size), out)
 
-    def _pieces(self, source: Array) -> Iterator[tuple[int, int]]:
-        itemsize = wide(source.dtype).itemsize
-        step = self._size * (self._segments.shape[1] * 16 // itemsize)
-        for start in range(0, source.size, step):
-            yield start, min(start + step, source.size)
+    def _sum_by_parts(self, source: Array, out: Array) -> None:
+        """Let each rank add a part, and give it out (MPI_Alltoallv, MPI_Allgatherv)."""
+        rank, size, byte = self._rank, self._size, self._byte
+        bounds = [source.size * k // size for k in range(size + 1)]
+        counts = [bounds[k + 1] - bounds[k] for k in range(size)]
+        n, itemsize = counts[rank], source.itemsize
+        rows = self._rows[: size * n * itemsize]
+        self._comm.Alltoallv(
+            [source.view(np.uint8), *_in_bytes(counts, bounds, itemsize), byte],
+            [rows, *_in_bytes([n] * size, [k * n for k in range(size)], itemsize), byte],
+        )
+        self._adder.add(rows.view(source.dtype).reshape(size, n), out[bounds[rank] :][:n])
+        given_out = [out.view(np.uint8), *_in_bytes(counts, bounds, out.itemsize), byte]
+        self._comm.Allgatherv(self._in_place, given_out)
 
-    def _sum_piece(self, source: Array, out: Array) -> None:
-        """Sum one piece: each rank adds its segment of it, and hands that out."""
-        if self._size == 1:
-            round_to(source, out)
-            return
-        rank, comm, byte = self._rank, self._comm, self._byte
-        bounds = [source.size * k // self._size for k in range(self._size + 1)]
-        parts = [slice(bounds[k], bounds[k + 1]) for k in range(self._size)]
-        n = bounds[rank + 1] - bounds[rank]
-        rows = [row.view(source.dtype)[:n] for row in self._segments]
-        rows[rank] = source[parts[rank]]
-        requests = [comm.Irecv([rows[k].view(np.uint8), byte], k, _SCATTER) for k in self._others]
-        for k in self._others:
-            requests.append(comm.Isend([source[parts[k]].view(np.uint8), byte], k, _SCATTER))
-        self._wait_all(requests)
-        mine = out[parts[rank]]
-        self._adder.add(rows, mine)
-        requests = [
-            comm.Irecv([out[parts[k]].view(np.uint8), byte], k, _GATHER) for k in self._others
-        ]
-        for k in self._others:
-            requests.append(comm.Isend([mine.view(np.uint8), byte], k, _GATHER))
-        self._wait_all(requests)
+    def _segments(
+        self, source: Array, dtype: DType, out: Array | None
+    ) -> Iterator[tuple[int, Array]]:
+        """Sum segment by segment, some ahead; give each one's start and sum, in order."""
+        leg, depth, under_way = self._leg, self._leg.sizes.depth, deque[tuple[int, Array]]()
+        step = leg.sizes.segment_bytes // wide(source.dtype).itemsize
+        self._waiting.begin()
+        for number, start in enumerate(range(0, source.size, step)):
+            if len(under_way) == depth:
+                self._waiting.until(leg.finish_one)
+                yield under_way.popleft()
+            mine = source[start : start + step]
+            if out is None:
+                total = self._total(number % depth, mine.size, dtype)
+            else:
+                total = out[start : start + step]
+            leg.start(mine, total)
+            under_way.append((start, total))
+        while under_way:
+            self._waiting.until(leg.finish_one)
+            yield under_way.popleft()
+
+    def _total(self, place: int, n: int, dtype: DType) -> Array:
+        total: Array = self._totals[place].view(dtype)
+        return total[:n]
+
+
+def _in_bytes(counts: list[int], starts: list[int], itemsize: int) -> tuple[list[int], list[int]]:
+    """Give the counts and places of elements in bytes, as MPI takes them."""
+    return [n * itemsize for n in counts], [n * itemsize for n in starts[: len(counts)]]
 
 
 @final
