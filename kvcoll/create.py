@@ -26,6 +26,7 @@ from .store import KVStore
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -238,7 +239,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     link.ranks.confirm(call)
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
-        transport = transport_for(own, link.topology, tree=options.reproducible)
+        patient = is_async or overlaps  # the core is the caller's while a sum waits
+        transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
         agreement = _async_agreement(own, link) if is_async else link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
         store = KVStore(kind, transport, agreement, one_thread=True, launching=launching)
@@ -256,7 +258,7 @@ def _async_agreement(own: MPI.Intracomm, link: _Link) -> Agreement:
     """Make an agreement for one store, whose thread agrees while the caller uses others."""
     from .transport import mpi
 
-    messenger = mpi.MpiMessenger(own, link.topology)
+    messenger = mpi.MpiMessenger(own, link.topology, Waiting.patient())
     ranks = AcrossRanks(messenger, farewell.advance, one_error_ends=True)
     _links.append(_Link(own, link.topology, ranks))
     return ranks.of_store()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
@@ -257,6 +258,7 @@ class MpiTransport(Transport):
         self._rank, self._size = topology.rank, topology.size
         self._broadcast_bytes = broadcast_bytes
         # MPI's collectives wait as MPI likes to.
+        self._patience = waiting
         self._small_bytes = small_bytes if waiting is None and self._size > 1 else 0
         self._middle_bytes = middle_bytes if waiting is None and self._size > 2 else 0
         if topology.num_hosts == 1:
@@ -315,7 +317,7 @@ class MpiTransport(Transport):
         for rank, message in sent.items():
             if message.size:
                 requests.append(comm.Isend([message, byte], rank, _EXCHANGE))
-        return _Exchange(requests)
+        return _Exchange(requests, self._patience)
 
     def abort(self, why: str) -> NoReturn:
         """Say why on stderr, and end the job (MPI_Abort)."""
@@ -400,27 +402,45 @@ def _in_bytes(counts: list[int], starts: list[int], itemsize: int) -> tuple[list
 
 @final
 class _Exchange(Exchange):
-    def __init__(self, requests: list[MPI.Request]) -> None:
-        self._requests = requests
+    def __init__(self, requests: list[MPI.Request], waiting: Waiting | None) -> None:
+        self._requests, self._waiting = requests, waiting
 
     def wait(self) -> None:
-        if self._requests:
+        if not self._requests:
+            return
+        if self._waiting is None:
             self._requests[0].Waitall(self._requests)
+        else:
+            self._waiting.until(partial(self._requests[0].Testall, self._requests))
 
 
 @final
 class MpiMessenger(Messenger):
-    """Short messages by MPI_Sendrecv, about a microsecond each on one machine."""
+    """Short messages by MPI_Sendrecv, about a microsecond each on one machine.
 
-    def __init__(self, comm: MPI.Intracomm, topology: Topology) -> None:
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+    topology : Topology
+    waiting : Waiting or None, default None
+        How to wait for the other ranks; None for as quick as can be.
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, topology: Topology, waiting: Waiting | None = None
+    ) -> None:
         self.topology = topology
+        self._patience = waiting
         self._mpi = import_mpi()
         self._comm = comm
         self._sendrecv = comm.Sendrecv
         self._byte = self._mpi.BYTE
 
     def exchange(self, sent: bytearray, received: bytearray, dest: int, source: int) -> None:
-        """Exchange by one MPI_Sendrecv."""
+        """Exchange by one MPI_Sendrecv, or politely."""
+        if self._patience is not None:
+            self._patience.until(self.start_exchange(sent, received, dest, source).done)
+            return
         self._sendrecv([sent, self._byte], dest, _AGREE, [received, self._byte], source, _AGREE)
 
     def start_exchange(
