@@ -7,7 +7,18 @@ are summed over devices and ranks and update each rank's replica, and ``pull`` v
 from . import errors, lr_scheduler, optimizer
 from ._version import __version__
 from .base import KVStoreBase
+from .checkpoint import Checkpoint, load
 from .create import create
 from .store import KVStore
 
-__all__ = ["KVStore", "KVStoreBase", "__version__", "create", "errors", "lr_scheduler", "optimizer"]
+__all__ = [
+    "Checkpoint",
+    "KVStore",
+    "KVStoreBase",
+    "__version__",
+    "create",
+    "errors",
+    "load",
+    "lr_scheduler",
+    "optimizer",
+]

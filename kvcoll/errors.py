@@ -84,12 +84,20 @@ class FileError(KVCollError, OSError):
     """A file that cannot be opened, read or written."""
 
 
+class NoCheckpointError(FileError, FileNotFoundError):
+    """A folder in which there is no complete checkpoint."""
+
+
 class FileFormatError(KVCollError, ValueError):
     """A file that is truncated, altered, or of another kind than the one expected."""
 
 
 class StatesMismatchError(KVCollError, ValueError):
     """A sound file of states that are not those of this store's keys or optimizer."""
+
+
+class CheckpointMismatchError(KVCollError, ValueError):
+    """A sound checkpoint that is not one of this store's keys or updater."""
 
 
 def _tree(root: type[KVCollError]) -> list[type[KVCollError]]:

@@ -21,6 +21,7 @@ PIECE_BYTES = 4 << 20  # the most that is written or read at once
 
 _CURES = {
     errno.ENOENT: "check the path, and make the folder first",
+    errno.EEXIST: "another program works there at the same time: give each a place of its own",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give the path of a file, not of a folder",
     errno.ENAMETOOLONG: "give a shorter name",
@@ -145,8 +146,113 @@ def read_all(descriptor: int, data: memoryview, offset: int) -> bool:
     return True
 
 
+def read_small(path: str, most_bytes: int) -> bytes:
+    """Read a file as a whole.
+
+    Raises
+    ------
+    FileError
+        It cannot be read, or is longer than `most_bytes`.
+    """
+    with reading(path) as (descriptor, n_bytes):
+        if n_bytes > most_bytes:
+            raise FileError(f"the file {path!r} has {n_bytes} bytes, at most {most_bytes} are read")
+        raw = bytearray(n_bytes)
+        read_all(descriptor, memoryview(raw), 0)
+        return bytes(raw)
+
+
+def write_small(path: str, raw: bytes) -> None:
+    """Write a file as `replacing` does.
+
+    Raises
+    ------
+    FileError
+        It cannot be written.
+    """
+    with replacing(path) as descriptor:
+        write_all(descriptor, memoryview(raw))
+
+
+def make_folders(path: str) -> None:
+    """Make a folder, and those above it, unless they are there.
+
+    Raises
+    ------
+    FileError
+        They cannot be made.
+    """
+    with _named(path, "made", "folder"):
+        os.makedirs(path, exist_ok=True)
+
+
+def make_new_folder(path: str) -> None:
+    """Make a folder that is not there yet, and sync the one above it.
+
+    Raises
+    ------
+    FileError
+        It cannot be made, or is there.
+    """
+    with _named(path, "made", "folder"):
+        os.mkdir(path)
+        sync_folder(os.path.dirname(path))
+
+
+def names_in(path: str) -> list[str]:
+    """List a folder.
+
+    Raises
+    ------
+    FileError
+        It cannot be read.
+    """
+    with _named(path, "read", "folder"):
+        return os.listdir(path)
+
+
+def remove(path: str) -> None:
+    """Remove a file, unless it is gone.
+
+    Raises
+    ------
+    FileError
+        It cannot be removed.
+    """
+    with _named(path, "removed"), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder, unless something is in it, or it is gone.
+
+    Raises
+    ------
+    FileError
+        It cannot be removed.
+    """
+    with _named(path, "removed", "folder"), contextlib.suppress(FileNotFoundError):
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def sync_folder(path: str) -> None:
+    """Bring to disk what was made in a folder, removed from it, or renamed."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that syncs no folders
+            raise
+    finally:
+        os.close(folder)
+
+
 @contextmanager
-def _named(path: str, done: str) -> Iterator[None]:
+def _named(path: str, done: str, what: str = "file") -> Iterator[None]:
     try:
         yield
     except FileError:
@@ -154,7 +260,7 @@ def _named(path: str, done: str) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or str(error)
         cure = _CURES.get(error.errno or 0, "try another place")
-        raise FileError(f"the file {path!r} cannot be {done} ({why}): {cure}") from error
+        raise FileError(f"the {what} {path!r} cannot be {done} ({why}): {cure}") from error
 
 
 def _require_regular(mode: int) -> None:

@@ -91,6 +91,16 @@ class Saving:
                 "holds no code: save with dump_optimizer=False, and set it before you load"
             )
 
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The states by name, in their keys' shapes."""
+        return self._arrays
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a file says of them."""
+        return self._metadata
+
     def write(self, path: str) -> None:
         """Write the file; see `tensors.write` for what it raises."""
         tensors.write(path, self._arrays, self._metadata)
@@ -154,6 +164,12 @@ class Draft:
     def arrays(self) -> list[Array]:
         """The memory of all states, the same on all ranks: for broadcasts from the reader."""
         return self._states.all_states()
+
+    @property
+    def places(self) -> dict[str, Array]:
+        """Where each of the file's arrays goes, as flat arrays."""
+        states = self._states
+        return {name: states.states_of(entry)[k] for name, (entry, k) in self._names.items()}
 
     def fill(self, file: tensors.TensorFile) -> None:
         """Read the states from the file that the text is of."""

@@ -25,6 +25,7 @@ from .arrays import Array, as_array, as_output, fill_device, native, round_to, s
 from .base import KVStoreBase
 from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
+from .checkpoint import Checkpoint, Checkpoints, Contents
 from .compression import describe, parse
 from .engine import Engine, Push
 from .errors import (
@@ -144,6 +145,9 @@ class KVStore(KVStoreBase):
         self._plans: dict[Key | tuple[Key, ...], _Plan] = {}
         self._own: dict[Key, Array] = {}  # what `empty` gave
         self._has_lent = False  # whether the user may hold stored values themselves
+        self._version = 0
+        self._rank_states: dict[str, Array] = {}  # what is this rank's own, see `Contents`
+        self._checkpoints = Checkpoints(transport, agreement, self._checked)
         self._guard = Guard(
             one_thread=one_thread,
             beside=(lambda: self._launch.ident) if self._launch.is_beside else None,
@@ -177,6 +181,11 @@ class KVStore(KVStoreBase):
     def num_hosts(self) -> int:
         """On how many hosts the ranks are."""
         return self._topology.num_hosts
+
+    @property
+    def version(self) -> int:
+        """How many pushes have been made, those before a `load` included."""
+        return self._version
 
     def is_capable(self, capability: str) -> bool:
         """Say whether the store can do a thing.
@@ -684,6 +693,149 @@ KeyKindError, ArrayError
             self._agreement.confirm(call)
             self._engine.compress(drafted)
 
+    # Checkpoints ------------------------------------------------------------------
+
+    def save(
+        self,
+        path: Any,
+        *,
+        keep: int | None = None,
+        metadata: Any = None,
+        rank_metadata: Any = None,
+        wait: bool = True,
+    ) -> str:
+        """Save a checkpoint: all that is needed to go on from here; called by all ranks.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            A folder for the checkpoints of this store, each of which gets a folder in it,
+            ``00000001``, ``00000002``, ...; it is made if it is not there. The same on all
+            ranks. One store at a time may save to it.
+        keep : int, optional
+            How many of the newest complete checkpoints stay, this one included; older ones
+            are removed once this one is complete. By default all stay.
+        metadata : optional
+            What JSON holds: numbers, texts, lists, dicts. The same on all ranks; for what is
+            not the store's, as the epoch.
+        rank_metadata : optional
+            The same of this rank alone, as the state of its random numbers.
+        wait : bool, default True
+            If False, return once what is to be saved is copied, and write beside the
+            training. Until the next `save`, `load`, `wait_saved` or `close`, which waits
+            for it, it takes memory of the size of what this rank writes. If the process
+            ends before, it ends when the checkpoint is complete.
+
+        Returns
+        -------
+        str
+            The checkpoint's own folder.
+
+        Raises
+        ------
+        FileError
+            It cannot be written: no space, no right. What was there stays, and can be
+            loaded. With `wait=False` the next of the calls above raises what has happened
+            after this one returned.
+        DTypeMismatchError
+            A key of a dtype that files do not hold: long double.
+        ArgumentError, TypeError
+            What was given is no path, number or JSON.
+        RanksDisagreeError
+            The ranks give other paths, metadata or options.
+
+        Notes
+        -----
+        Every error is raised on every rank. Saved are values, the optimizer with its
+        settings and states, `version`, and metadata; but no code: neither an lr_scheduler,
+        nor the updater that `set_updater` was given. Files are in the safetensors
+        format and JSON, with a checksum of every byte; nothing in them can run. Each is
+        written under another name that only this user may read, synced, and renamed; the
+        manifest, without which a checkpoint does not count, comes last. So whenever a process
+        is killed, the newest complete checkpoint can be loaded. Where all ranks see the
+        folder, each writes its share of what is large (32 MB or more a rank); else rank 0
+        writes all. Cost: some ten agreements, one pass over the share, and the disk.
+        """
+        with self._guard:
+            return self._checkpoints.save(
+                path,
+                self._contents,
+                keep=keep,
+                metadata=metadata,
+                rank_metadata=rank_metadata,
+                wait=wait,
+            )
+
+    def wait_saved(self) -> None:
+        """Wait until the checkpoint of ``save(wait=False)`` is complete; called by all ranks.
+
+        Raises
+        ------
+        FileError
+            It could not be written; the same error on every rank, once.
+        """
+        with self._guard:
+            self._checkpoints.wait_saved()
+
+    def load(self, path: Any) -> Checkpoint:
+        """Go on from a checkpoint, with any number of ranks; called by all ranks.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            What `save` was given: the newest complete checkpoint in it counts. Or the
+            folder of one checkpoint. Rank 0 must see it.
+
+        Returns
+        -------
+        Checkpoint
+            With `metadata`, and the `rank_metadata` of all ranks that saved.
+
+        Raises
+        ------
+        NoCheckpointError
+            There is no complete checkpoint.
+        FileError
+            A file cannot be read.
+        FileFormatError
+            A file is truncated or altered. The message names the checkpoint before, if
+            there is one; it is not taken without a word.
+        CheckpointMismatchError
+            The store has keys, and they are not those of the checkpoint, with their shapes
+            and dtypes; or its updater is of another kind.
+        StatesMismatchError
+            As for `load_optimizer_states`.
+
+        Notes
+        -----
+        Every error is raised on every rank, and changes nothing. An empty store gets the
+        checkpoint's keys, as by `init`; in one that has keys they must be the same, and the
+        values are replaced in place. A store without an updater gets the checkpoint's
+        optimizer; one of the same class that is set takes its settings and states, and
+        keeps its lr_scheduler; another own one is replaced. Settings that depend on the
+        number of ranks, as `rescale_grad` may, are to be set after the load. Pushes that
+        follow give the bits of a run that was not interrupted. Cost: each rank reads its
+        share where all see the folder, and broadcasts it (MPI_Bcast); a store that has
+        keys takes memory of its values' size meanwhile.
+        """
+        with self._guard:
+            loading = self._checkpoints.open(path, self._contents)
+            is_new = not self._replica.entries
+            try:
+                if is_new:
+                    self._init(list(loading.manifest.keys), loading.first_values)
+                loaded = loading.read(self._contents(), in_place=is_new)
+            except BaseException:
+                if is_new:
+                    self._replica.clear()
+                    self._kind = None
+                raise
+            with self._launch.reading:
+                self._updater, self._version, checkpoint = loaded.apply()
+            self._rank_states = loaded.own
+            self._plans.clear()  # they hold the states of before
+            return checkpoint
+
     # Together ---------------------------------------------------------------------
 
     def barrier(self) -> None:
@@ -746,6 +898,8 @@ KeyKindError, ArrayError
         ------
         RanksDisagreeError, RankLeftError
             Other ranks still work with the store, or with another.
+        FileError
+            A checkpoint could not be written that was under way; the store is closed.
         """
         if self.closed:
             try:
@@ -758,11 +912,14 @@ KeyKindError, ArrayError
         with self._guard:
             with self._checked("close()"):
                 pass
+            failure = self._checkpoints.close()
             self._agreement.close()
             self._guard.closed = "close() was called"
             self._give_back()
             if not self._agreement.ended:
                 self._transport.close()
+            if failure is not None:
+                raise failure
 
     def __enter__(self) -> KVStore:
         return self
@@ -835,6 +992,12 @@ KeyKindError, ArrayError
             self._launch.drain()
         except Exception as error:  # nobody is there any more to raise it for
             print(f"kvcoll: pushes were not completed: {text_of(error)}", file=sys.stderr)
+
+    def _contents(self) -> Contents:
+        about = {"type": self._type, "num_hosts": str(self.num_hosts), "numpy": np.__version__}
+        about["updater"] = self._updater.describe()
+        entries = self._replica.entries
+        return Contents(entries, self._updater, self._version, self._rank_states, about)
 
     def _give_back(self) -> None:
         self._plans.clear()
@@ -943,6 +1106,7 @@ KeyKindError, ArrayError
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._refuse("push()", error)
         self._launch.push(plan.push, values, updater, call, plain=not is_own, priority=priority)
+        self._version += 1
         return outputs
 
     def _plan(self, key: Any) -> _Plan:

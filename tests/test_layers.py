@@ -46,6 +46,7 @@ FLOORS = {
     "states": 7,
     "farewell": 7,
     "engine": 8,
+    "checkpoint": 8,
     "guard": 8,
     "launch": 9,
     "store": 10,

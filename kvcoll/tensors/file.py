@@ -106,8 +106,10 @@ class TensorFile:
     metadata : dict of str to str
     arrays : dict of str to Stored
         In the order of their bytes.
-    has_checksums : bool
-        Whether an altered byte is noticed.
+    n_bytes : int
+        The size of the file.
+    checksum : str
+        One for all its bytes; ``''`` if it has none, so that no altered byte is noticed.
     """
 
     def __init__(self, path: str, descriptor: int, n_bytes: int) -> None:
@@ -116,7 +118,13 @@ class TensorFile:
         header = self._header(n_bytes)
         self.metadata = header.metadata
         self.arrays = header.arrays
-        self.has_checksums = header.has_checksums
+        self.n_bytes = n_bytes
+        self.checksum = header.checksum
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether an altered byte is noticed."""
+        return bool(self.checksum)
 
     def read(self, name: str) -> Array:
         """Read an array into new memory; see `read_into`."""

@@ -118,17 +118,35 @@ class Header:
         Without the checksums.
     arrays : dict of str to Stored
         In the order of their bytes.
-    has_checksums : bool
+    checksum : str
+        Of all checksums, in digits; ``''`` if there are none.
     """
 
     metadata: dict[str, str]
     arrays: dict[str, Stored]
-    has_checksums: bool
+    checksum: str
 
 
 def as_digits(checksum: int) -> str:
     """Write a CRC-32 in eight hexadecimal digits."""
     return f"{checksum:0{_DIGITS}x}"
+
+
+def is_storable(dtype: DType) -> bool:
+    """Say whether the format has a dtype."""
+    return dtype.name in _CODES
+
+
+def dtype_named(name: str) -> DType | None:
+    """Give the dtype of NumPy, or of ml_dtypes, that the format has under this name of ours.
+
+    Raises
+    ------
+    MissingDependencyError
+        As `Stored.dtype`.
+    """
+    code = _CODES.get(name)
+    return None if code is None else Stored(code, (), 0, 0, "").dtype
 
 
 def encode(arrays: Sequence[tuple[str, Array]], metadata: Mapping[str, str]) -> bytes:
@@ -187,7 +205,7 @@ def parse(raw: bytes, n_bytes: int) -> Header:
     checksums = _checksums(raw, len(entries))
     metadata.pop(_CHECKSUM, None)
     arrays = _placed(entries, checksums, LENGTH.size + len(raw), n_bytes)
-    return Header(metadata, arrays, bool(checksums))
+    return Header(metadata, arrays, _of_all(checksums))
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
@@ -220,6 +238,11 @@ def _checksums(raw: bytes, n_arrays: int) -> list[str]:
     if text[:_DIGITS] != as_digits(zlib.crc32(raw[last:], as_written)):
         raise UnsoundError("its header does not fit its checksum")
     return [text[k : k + _DIGITS] for k in range(0, len(text), _DIGITS)]
+
+
+def _of_all(checksums: list[str]) -> str:
+    """Digest checksums into one, which stands for every byte of the file."""
+    return as_digits(zlib.crc32("".join(checksums).encode())) if checksums else ""
 
 
 def _check_entry(name: str, entry: Any) -> None:
