@@ -23,6 +23,7 @@ from ..files import as_path, read_small, remove, write_small
 from ..schema import digest
 from ..transport.contract import Transport
 from . import folder as folders
+from . import memory
 from .content import Content, Contents, as_json, as_keep, content_of, own_of
 from .kept import Kept, dtype_named
 from .layout import Layout
@@ -257,10 +258,7 @@ class Checkpoints:
         def take() -> Writing:
             files = layout.files_of(self._rank, everyones)
             if copies:
-                files = {
-                    name: {word: array.copy() for word, array in arrays.items()}
-                    for name, arrays in files.items()
-                }
+                files = memory.copied(files)
             expected = layout.part_files + layout.rank_files if self._rank == 0 else None
             complete = partial(layout.complete, place.folder, draft, keep)
             return Writing(place.folder, files, expected, complete)

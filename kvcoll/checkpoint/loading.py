@@ -16,6 +16,7 @@ from ..arrays import Array, signature
 from ..errors import CheckpointMismatchError
 from ..transport.contract import Transport
 from ..updater import Assign, Optimize, Updater
+from . import memory
 from .content import Contents
 from .manifest import Manifest
 from .reading import Checkpoint, Wanted, about, pointing_to_older, read_part, wanted_of, whole
@@ -84,7 +85,7 @@ class Loading:
         loaded, shares, own = self._together.do(read)
         for k, share in enumerate(shares):
             root = worker_of(k, len(shares), readers)
-            for array in _joined([one.out for one in share]):
+            for array in memory.joined([one.out for one in share]):
                 self._transport.broadcast(array, root)
         if not self.is_shared:
             for arrays in own.values():
@@ -123,11 +124,12 @@ class Loaded:
         self._manifest = manifest
         self._updater = contents.updater
         self._entries = [contents.entries[key] for key in manifest.keys]
-        values = [
-            entry.flat if in_place else np.empty(entry.spec.n_elements, entry.spec.dtype)
-            for entry in self._entries
-        ]
-        self._values = [] if in_place else values
+        if in_place:
+            self._values = []
+            values = [entry.flat for entry in self._entries]
+        else:
+            sizes = [(entry.spec.dtype, entry.spec.n_elements) for entry in self._entries]
+            values = self._values = memory.take(sizes)
         self.flat = {f"value:{k}": v for k, v in zip(manifest.keys, values, strict=True)}
         self._draft: states.Draft | None = None
         if manifest.optimizer is not None:
@@ -183,27 +185,6 @@ def check_updater(folder: str, manifest: Manifest, updater: Updater) -> None:
             f"{folder!r} holds states of {name}, the store has {updater.describe()}: call "
             "set_updater after load, if it shall replace the optimizer"
         )
-
-
-def _joined(arrays: list[Array]) -> list[Array]:
-    """Join neighbours in memory, so that they travel as one."""
-    joined: list[Array] = []
-    for array in arrays:
-        last = joined[-1] if joined else None
-        base = array.base
-        if (
-            last is not None
-            and isinstance(base, np.ndarray)
-            and last.base is base
-            and base.ndim == 1
-            and last.dtype == array.dtype == base.dtype
-            and last.ctypes.data + last.nbytes == array.ctypes.data
-        ):
-            start = (last.ctypes.data - base.ctypes.data) // base.itemsize
-            joined[-1] = base[start : start + last.size + array.size]
-        elif array.size:
-            joined.append(array)
-    return joined
 
 
 def _summed(owns: list[dict[str, Array]]) -> dict[str, Array]:
