@@ -174,6 +174,18 @@ def write_small(path: str, raw: bytes) -> None:
         write_all(descriptor, memoryview(raw))
 
 
+def make_empty(path: str) -> None:
+    """Make a file that says something by being there.
+
+    Raises
+    ------
+    FileError
+        It cannot be made.
+    """
+    with _named(path, "made"):
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+
+
 def make_folders(path: str) -> None:
     """Make a folder, and those above it, unless they are there.
 
@@ -196,7 +208,11 @@ def make_new_folder(path: str) -> None:
     """
     with _named(path, "made", "folder"):
         os.mkdir(path)
-        sync_folder(os.path.dirname(path))
+        try:
+            sync_folder(os.path.dirname(path))
+        except OSError:
+            os.rmdir(path)
+            raise
 
 
 def names_in(path: str) -> list[str]:

@@ -101,7 +101,8 @@ def prune(folder: str, keep: int | None) -> None:
     stay = set(complete if keep is None else complete[-keep:]) | {folder}
     for number in sorted(_numbers(path)):
         other = _folder(path, number)
-        if number < int(name) and other not in stay:
+        # A link leads to what is somebody else's.
+        if number < int(name) and other not in stay and not os.path.islink(other):
             discard(other)
 
 

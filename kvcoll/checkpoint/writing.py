@@ -19,7 +19,7 @@ from typing import final
 from .. import tensors
 from ..arrays import Array
 from ..errors import FileError, text_of
-from ..files import names_in, replacing
+from ..files import make_empty, names_in
 from . import folder as folders
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.002, 0.2
@@ -157,11 +157,8 @@ class Writing:
 
     def _mark_failed(self, name: str) -> None:
         """Tell rank 0 not to wait; where that cannot be, it hears of it at the next call."""
-        with (
-            contextlib.suppress(FileError),
-            replacing(os.path.join(self.folder, name + folders.FAILED)),
-        ):
-            pass
+        with contextlib.suppress(FileError):
+            make_empty(os.path.join(self.folder, name + folders.FAILED))
 
 
 def _bytes_in(folder: str) -> int:
