@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from numbers import Real
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -104,6 +104,10 @@ class Compression(ABC):
         """Name the kind and its settings, all digits of them."""
 
     @abstractmethod
+    def params(self) -> dict[str, Any]:
+        """Give what `parse` makes it of, as JSON holds it."""
+
+    @abstractmethod
     def code(self, size: int) -> Code:
         """Say how the codes of so many ranks are packed and added."""
 
@@ -174,6 +178,10 @@ class TwoBit(Compression):
         """Name the threshold, too."""
         return f"2bit compression with threshold {self.threshold!r}"
 
+    def params(self) -> dict[str, Any]:
+        """Give the type and the threshold."""
+        return {"type": "2bit", "threshold": self.threshold}
+
     def code(self, size: int) -> Code:
         """Add numbers from 0, for -t, to 2."""
         return CountCode(size, 2, self.threshold)
@@ -232,6 +240,10 @@ class OneBit(Compression):
         """Name the threshold, too."""
         return f"1bit compression with threshold {self.threshold!r}"
 
+    def params(self) -> dict[str, Any]:
+        """Give the type and the threshold."""
+        return {"type": "1bit", "threshold": self.threshold}
+
     def code(self, size: int) -> Code:
         """Add numbers that are 0, for -1, or 1."""
         return CountCode(size, 1, 1.0)
@@ -270,6 +282,10 @@ class Half(Compression):
         return f"{'bf16' if self.brain else 'fp16'} compression" + (
             " with error feedback" if self.has_residual else ""
         )
+
+    def params(self) -> dict[str, Any]:
+        """Give the type, and whether errors are fed back."""
+        return {"type": "bf16" if self.brain else "fp16", "error_feedback": self.has_residual}
 
     def code(self, size: int) -> Code:
         """Add floats."""

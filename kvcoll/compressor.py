@@ -42,6 +42,11 @@ class Compressor:
         self._packed: dict[int, Array] = {}
         self._prepared: Sequence[Bucket] | None = None
 
+    @property
+    def compression(self) -> Compression:
+        """The settings."""
+        return self._compression
+
     def start(self) -> None:
         """Go on with these settings from now on, on all ranks."""
         self.residuals.change(self._compression)

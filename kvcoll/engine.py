@@ -106,6 +106,40 @@ class Engine:
             compressor.start()
         self._compressor = compressor
 
+    @property
+    def compressor(self) -> tuple[Compressor | None, bool]:
+        """What compresses, or has until it was paused, and whether it does so now."""
+        return self._compressor or self._idle_compressor, self._compressor is not None
+
+    def draft_restored(
+        self, compression: Compression | None, residuals: Sequence[tuple[Entry, Array]]
+    ) -> Compressor | None:
+        """Take what compression needs that goes on with these residuals, for `restore`.
+
+        Parameters
+        ----------
+        compression : Compression or None
+            None for that of now, with no residuals.
+        residuals : sequence of (Entry, numpy.ndarray)
+        """
+        if compression is None:
+            if self._compressor is None:
+                return None
+            compression = self._compressor.compression
+        compressor = Compressor(self._transport, compression, None)
+        for entry, residual in residuals:
+            compressor.residuals.adopt(entry, residual)
+        return compressor
+
+    def restore(self, compressor: Compressor | None, *, is_on: bool) -> None:
+        """Go on with a compressor, or with one that is paused."""
+        self._compressor = compressor if is_on else None
+        self._idle_compressor = None if is_on else compressor
+
+    def forget_values(self) -> None:
+        """Let go of memory for keys that are in the store no more."""
+        self._values.clear()
+
     def packed(self, bucket: Bucket) -> Array | None:
         """Give a bucket's values where they have been packed already, to be compressed."""
         return None if self._compressor is None else self._compressor.packed(bucket)

@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, DType, wide
 from .bucket import Bucket, Run
 from .coded import Encode
 from .compression import Compression
@@ -100,15 +100,27 @@ class Residuals:
 
         return encode
 
+    def has(self, entry: Entry) -> bool:
+        """Say whether one key may have a residual that is not 0."""
+        return entry.chunk in self._of_chunk
+
     def of(self, entry: Entry) -> Array:
-        """Give the residual of one key, flat, to be saved or to be set."""
+        """Give the residual of one key that has one, flat, to be saved or to be set."""
         return self._of_chunk[entry.chunk][entry.start : entry.stop]
+
+    def adopt(self, entry: Entry, residual: Array) -> None:
+        """Set the residual of one key."""
+        self._take_for(entry.chunk, wide(entry.spec.dtype))
+        np.copyto(self.of(entry), residual)
 
     def _take(self, bucket: Bucket) -> None:
         for run in bucket.runs:
-            if run.chunk not in self._of_chunk:
-                # Memory of zeros that is not touched costs nothing.
-                self._of_chunk[run.chunk] = np.zeros(run.chunk.flat.size, bucket.wide_dtype)
+            self._take_for(run.chunk, bucket.wide_dtype)
+
+    def _take_for(self, chunk: Chunk, dtype: DType) -> None:
+        if chunk not in self._of_chunk:
+            # Memory of zeros that is not touched costs nothing.
+            self._of_chunk[chunk] = np.zeros(chunk.flat.size, dtype)
 
     def _encode_block(
         self, bucket: Bucket, start: int, stop: int, gradient: Array, codes: Array, at: int

@@ -25,8 +25,9 @@ from .arrays import Array, as_array, as_output, fill_device, native, round_to, s
 from .base import KVStoreBase
 from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
-from .checkpoint import Checkpoint, Checkpoints, Contents
+from .checkpoint import Checkpoint, Checkpoints, Contents, Loaded
 from .compression import describe, parse
+from .compressor import Compressor
 from .engine import Engine, Push
 from .errors import (
     ArgumentError,
@@ -55,6 +56,7 @@ _Output: TypeAlias = "tuple[Entry, Array, Array | None]"  # stored, host, device
 
 _NO_OUTPUT = object()
 _NO_VALUE = object()
+_RESIDUAL = "residual:"
 _CAPABILITIES = (KVStoreBase.OPTIMIZER,)
 _BARRIER = Call("barrier()", digest("barrier"))
 _MOST_PLANS = 4096
@@ -146,7 +148,6 @@ class KVStore(KVStoreBase):
         self._own: dict[Key, Array] = {}  # what `empty` gave
         self._has_lent = False  # whether the user may hold stored values themselves
         self._version = 0
-        self._rank_states: dict[str, Array] = {}  # what is this rank's own, see `Contents`
         self._checkpoints = Checkpoints(transport, agreement, self._checked)
         self._guard = Guard(
             one_thread=one_thread,
@@ -747,7 +748,8 @@ KeyKindError, ArrayError
         Notes
         -----
         Every error is raised on every rank. Saved are values, the optimizer with its
-        settings and states, `version`, and metadata; but no code: neither an lr_scheduler,
+        settings and states, compression and what it has left over, `version`, and metadata;
+        but no code: neither an lr_scheduler,
         nor the updater that `set_updater` was given. Files are in the safetensors
         format and JSON, with a checksum of every byte; nothing in them can run. Each is
         written under another name that only this user may read, synced, and renamed; the
@@ -812,7 +814,10 @@ KeyKindError, ArrayError
         checkpoint's keys, as by `init`; in one that has keys they must be the same, and the
         values are replaced in place. A store without an updater gets the checkpoint's
         optimizer; one of the same class that is set takes its settings and states, and
-        keeps its lr_scheduler; another own one is replaced. Settings that depend on the
+        keeps its lr_scheduler; another own one is replaced. So is the compression of
+        gradients, if the checkpoint has one. What compression has left over is a rank's own:
+        it comes back to the rank or, with another number n of ranks, rank r gets the sum of
+        what ranks r, r + n, r + 2 n, ... had, so that nothing is lost. Settings that depend on the
         number of ranks, as `rescale_grad` may, are to be set after the load. Pushes that
         follow give the bits of a run that was not interrupted. Cost: each rank reads its
         share where all see the folder, and broadcasts it (MPI_Bcast); a store that has
@@ -825,14 +830,16 @@ KeyKindError, ArrayError
                 if is_new:
                     self._init(list(loading.manifest.keys), loading.first_values)
                 loaded = loading.read(self._contents(), in_place=is_new)
+                compressor = loading.together.do(lambda: self._restored_compressor(loaded))
             except BaseException:
                 if is_new:
                     self._replica.clear()
+                    self._engine.forget_values()
                     self._kind = None
                 raise
             with self._launch.reading:
                 self._updater, self._version, checkpoint = loaded.apply()
-            self._rank_states = loaded.own
+            self._engine.restore(compressor, is_on=loaded.is_compressed)
             self._plans.clear()  # they hold the states of before
             return checkpoint
 
@@ -994,10 +1001,24 @@ KeyKindError, ArrayError
             print(f"kvcoll: pushes were not completed: {text_of(error)}", file=sys.stderr)
 
     def _contents(self) -> Contents:
+        """Show what a checkpoint holds; residuals are this rank's own."""
+        entries, updater = self._replica.entries, self._updater
         about = {"type": self._type, "num_hosts": str(self.num_hosts), "numpy": np.__version__}
-        about["updater"] = self._updater.describe()
-        entries = self._replica.entries
-        return Contents(entries, self._updater, self._version, self._rank_states, about)
+        about["updater"] = updater.describe()
+        compressor, is_on = self._engine.compressor
+        if compressor is None:
+            return Contents(entries, updater, self._version, {}, None, about)
+        residuals = compressor.residuals
+        own = {_RESIDUAL + str(k): residuals.of(e) for k, e in entries.items() if residuals.has(e)}
+        compression = {"params": compressor.compression.params(), "is_on": is_on}
+        return Contents(entries, updater, self._version, own, compression, about)
+
+    def _restored_compressor(self, loaded: Loaded) -> Compressor | None:
+        """Take what a checkpoint's compression needs, and its residuals."""
+        own = loaded.own
+        named = {_RESIDUAL + str(key): entry for key, entry in self._replica.entries.items()}
+        residuals = [(named[name], own[name]) for name in named if name in own]
+        return self._engine.draft_restored(loaded.compression, residuals)
 
     def _give_back(self) -> None:
         self._plans.clear()

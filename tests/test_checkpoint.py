@@ -64,6 +64,43 @@ def test_training_goes_on_with_the_bits_of_a_run_that_did_not_stop(
         assert bits(kv) != [value.tobytes() for value in values()]
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"type": "2bit", "threshold": 1.5},
+        {"type": "1bit"},
+        {"type": "fp16", "error_feedback": True},
+        {"type": "bf16"},
+    ],
+    ids=lambda params: params["type"],
+)
+def test_compression_goes_on_with_what_it_had_left_over(
+    kv: KVStore, tmp_path: Path, shared_tmp_path: Path, params: dict[str, Any]
+) -> None:
+    path = shared(kv, tmp_path, shared_tmp_path)
+    kv.init(KEYS, values())
+    kv.set_optimizer("sgd", learning_rate=0.3)
+    kv.save(path, metadata="without")
+    kv.set_gradient_compression(params)
+    train(kv, range(3))
+    kv.save(path)
+    with kvcoll.create(kv.type) as empty, kvcoll.create(kv.type) as filled:
+        filled.init(KEYS, values())
+        filled.set_optimizer("sgd")
+        filled.set_gradient_compression({"type": "2bit", "threshold": 9})
+        train(filled, range(1))
+        for store in (empty, filled):
+            store.load(path)
+        for store in (kv, empty, filled):
+            train(store, range(3, 6))
+        assert bits(empty) == bits(filled) == bits(kv)
+        assert filled.load(path / "00000001").metadata == "without"
+        filled.set_gradient_compression(params)
+        train(filled, range(3))  # with nothing left over from before
+        empty.load(path)
+        assert bits(filled) == bits(empty)
+
+
 @pytest.mark.single
 @pytest.mark.parametrize("name", _BY_NAME)
 def test_every_optimizer_goes_on_from_its_checkpoint(tmp_path: Path, name: str) -> None:

@@ -139,6 +139,10 @@ FORGERIES: list[Callable[[dict[str, Any]], object]] = [
     lambda m: m.update(rank_arrays=[[], []]),
     lambda m: m.update(rank_arrays=[[]]),
     lambda m: m.update(about=None),
+    lambda m: m.update(compression=3),
+    lambda m: m.update(compression={"is_on": True, "params": {"type": "exec"}}),
+    lambda m: m.update(compression={"is_on": True, "params": {"type": "none"}}),
+    lambda m: m.update(compression={"is_on": 1, "params": {"type": "2bit"}}),
 ]
 
 

@@ -20,6 +20,7 @@ from checkpointed import (
 )
 
 import kvcoll
+from kvcoll import KVStore
 from kvcoll.errors import FileError
 
 
@@ -102,36 +103,73 @@ def _hide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvcoll.checkpoint.checkpoints.read_manifest", fail)
 
 
+def residuals(kv: KVStore) -> dict[str, Any]:
+    """Give what compression has left over on this rank."""
+    compressor = kv._engine.compressor[0]
+    assert compressor is not None
+    entries = kv._replica.entries
+    return {str(k): compressor.residuals.of(entries[k]).copy() for k in entries}
+
+
 @pytest.mark.parametrize("sees", ["all see", "rank 0 sees"])
-def test_what_is_a_ranks_own_comes_back_to_it_or_its_sum_stays(
+def test_what_compression_left_over_comes_back_to_its_rank_or_its_sum_stays(
     comm: Any, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sees: str
 ) -> None:
-    def own(rank: int) -> dict[str, Any]:
-        return {"left:a": f32(rank, 10 * rank), "left:b": np.full(1, 2**rank, np.float64)}
+    def gradients_of(rank: int) -> list[Any]:  # below the threshold: all of it is left over
+        return [f32(rank + 1, 10 * rank), np.full(1, 2.0**rank)]
 
     with kvcoll.create("dist_sync") as kv, kvcoll.create("local") as one:
         if sees == "rank 0 sees" and comm.rank:
             _hide(monkeypatch)
-        kv.init("a", f32(1))
-        kv._rank_states = own(comm.rank)
+        kv.init(["a", "b"], [f32(1, 1), np.zeros(1)])
+        kv.set_gradient_compression({"type": "2bit", "threshold": 1000})
+        kv.push(["a", "b"], gradients_of(comm.rank))
         kv.save(shared_tmp_path)
-        for number in (1, 2):
-            kv._rank_states = {}
-            kv.load(shared_tmp_path / f"{number:08d}")
-            assert set(kv._rank_states) == {"left:a", "left:b"}
-            for name, array in own(comm.rank).items():
-                np.testing.assert_array_equal(kv._rank_states[name], array)
+        kv.push(["a", "b"], gradients_of(comm.rank))
+        for _ in range(2):
+            kv.load(shared_tmp_path)
+            left = residuals(kv)
+            for key, array in zip("ab", gradients_of(comm.rank), strict=True):
+                np.testing.assert_array_equal(left[key], array)
             kv.save(shared_tmp_path)
         monkeypatch.undo()
         one.load(shared_tmp_path)  # one rank in the place of many
-        np.testing.assert_array_equal(
-            one._rank_states["left:a"], f32(sum(range(comm.size)), 10 * sum(range(comm.size)))
-        )
-        assert one._rank_states["left:b"][0] == 2**comm.size - 1
+        left = residuals(one)
+        n = comm.size
+        np.testing.assert_array_equal(left["a"], f32(n * (n + 1) / 2, 10 * n * (n - 1) / 2))
+        np.testing.assert_array_equal(left["b"], [2.0**n - 1])
         if comm.rank == 0:
             one.save(shared_tmp_path)
         comm.Barrier()
         kv.load(shared_tmp_path)  # many in the place of one
-        everyones = comm.allgather(kv._rank_states)
-        assert everyones[0]["left:b"][0] == 2**comm.size - 1
-        assert everyones[1:] == [{}] * (comm.size - 1)
+        own = residuals(kv)["b"] if comm.rank == 0 else np.zeros(1)
+        np.testing.assert_array_equal(own, [2.0**n - 1] if comm.rank == 0 else [0])
+        total = kv.pushpull("b", np.full(1, 1000.0) if comm.rank == 0 else np.zeros(1))
+        np.testing.assert_array_equal(total, [1000])  # the others had nothing left over
+
+
+@pytest.mark.parametrize("now", ["many", "fewer"])
+def test_two_ranks_in_the_place_of_more_share_what_was_left_over(
+    comm: Any, shared_tmp_path: Path, now: str
+) -> None:
+    size = comm.size if now == "many" else max(1, comm.size - 1)
+    with kvcoll.create("dist_sync") as kv:
+        kv.init(3, f32(0))
+        kv.set_gradient_compression({"type": "1bit", "threshold": 0.0})
+        kv.push(3, f32(1.5 + 2**comm.rank))  # the code is 1
+        kv.save(shared_tmp_path)
+    part = comm.Split(comm.rank < size)
+    try:
+        if comm.rank < size:
+            with kvcoll.create("dist_sync", comm=part) as kv:
+                kv.load(shared_tmp_path)
+                owners = range(comm.rank, comm.size, size)
+                assert residuals(kv)["3"][0] == sum(0.5 + 2**rank for rank in owners)
+                assert kv._engine.compressor[1]
+                kv.set_gradient_compression({"type": "none"})
+                kv.save(shared_tmp_path)
+                kv.load(shared_tmp_path)  # paused, it keeps what is left over
+                assert not kv._engine.compressor[1]
+                assert residuals(kv)["3"][0] == sum(0.5 + 2**rank for rank in owners)
+    finally:
+        part.Free()

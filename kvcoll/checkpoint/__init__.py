@@ -2,6 +2,7 @@
 
 from .checkpoints import Checkpoints
 from .content import Contents
+from .loading import Loaded
 from .reading import Checkpoint, load
 
-__all__ = ["Checkpoint", "Checkpoints", "Contents", "load"]
+__all__ = ["Checkpoint", "Checkpoints", "Contents", "Loaded", "load"]

@@ -244,6 +244,7 @@ class Checkpoints:
             version=own.version,
             num_workers=self._size,
             about=dict(own.about),
+            compression=None if own.compression is None else dict(own.compression),
             keys=content.keys,
             arrays=content.arrays,
             optimizer=content.optimizer,

@@ -9,7 +9,7 @@ import json
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class Contents:
         of those of ranks r, r + n, r + 2 n, ..., n being the number of ranks now, and a
         rank that had none gets none: so their sum over all ranks stays, which is what
         counts of what gradients have left over.
+    compression : mapping or None
+        ``{'params': ..., 'is_on': ...}``: what `compression.parse` takes.
     about : mapping of str to str
         Settings, for people to read.
     """
@@ -46,6 +48,7 @@ class Contents:
     updater: Updater
     version: int
     own: Mapping[str, Array]
+    compression: Mapping[str, Any] | None
     about: Mapping[str, str]
 
 

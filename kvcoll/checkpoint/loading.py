@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import states
 from ..arrays import Array, signature
+from ..compression import Compression, parse
 from ..errors import CheckpointMismatchError
 from ..transport.contract import Transport
 from ..updater import Assign, Optimize, Updater
@@ -33,6 +34,8 @@ class Loading:
     manifest : Manifest
     is_shared : bool
         Whether all ranks see the folder, so that each reads its share.
+    together : Together
+        For steps between `read` and `Loaded.apply`.
     """
 
     def __init__(
@@ -45,8 +48,8 @@ class Loading:
     ) -> None:
         self.manifest = manifest
         self.is_shared = is_shared
+        self.together = together
         self._transport = transport
-        self._together = together
         self._folder = folder
         self._rank, self._size = transport.topology.rank, transport.topology.size
 
@@ -82,7 +85,7 @@ class Loading:
                         read_part(self._folder, manifest.rank_parts[rank], whole(kept, arrays))
             return loaded, shares, own
 
-        loaded, shares, own = self._together.do(read)
+        loaded, shares, own = self.together.do(read)
         for k, share in enumerate(shares):
             root = worker_of(k, len(shares), readers)
             for array in memory.joined([one.out for one in share]):
@@ -142,6 +145,18 @@ class Loaded:
                 f"{folder!r} holds other arrays than the store's optimizer keeps: load it with "
                 "the kvcoll that wrote it"
             )
+
+    @property
+    def compression(self) -> Compression | None:
+        """What compressed gradients, if anything has."""
+        said = self._manifest.compression
+        return None if said is None else parse(said["params"])
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether pushes are compressed from now on, if there is a compressor at all."""
+        said = self._manifest.compression
+        return said is None or bool(said["is_on"])
 
     def apply(self) -> tuple[Updater, int, Checkpoint]:
         """Change the values; give the updater and the version that the store has from now on."""

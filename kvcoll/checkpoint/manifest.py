@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
+from .. import compression
 from .._version import __version__
-from ..errors import FileFormatError
+from ..errors import ArgumentError, FileFormatError
 from ..schema import Key
 from .folder import PART
 from .kept import Kept, dtype_named
@@ -61,6 +62,8 @@ class Manifest:
         Of how many ranks it was.
     about : dict of str to str
         The rest of its settings, for people to read.
+    compression : dict or None
+        See `Contents`.
     keys : tuple of int or of str
         In the order of `init`.
     arrays : tuple of Kept
@@ -81,6 +84,7 @@ class Manifest:
     version: int
     num_workers: int
     about: dict[str, str]
+    compression: dict[str, Any] | None
     keys: tuple[Key, ...]
     arrays: tuple[Kept, ...]
     optimizer: dict[str, str] | None
@@ -101,6 +105,7 @@ def encode(manifest: Manifest) -> bytes:
         "version": manifest.version,
         "num_workers": manifest.num_workers,
         "about": manifest.about,
+        "compression": manifest.compression,
         "metadata": manifest.metadata,
         "rank_metadata": manifest.rank_metadata,
         "keys": manifest.keys,
@@ -166,6 +171,7 @@ class _Parser:
                 self._whole(content["version"]),
                 self._whole(content["num_workers"]),
                 self._texts(content["about"]),
+                self._compression(content["compression"]),
                 keys,
                 arrays,
                 None if content["optimizer"] is None else self._texts(content["optimizer"]),
@@ -244,6 +250,18 @@ class _Parser:
         if type(table) is not dict or not all(type(text) is str for text in table.values()):
             self._refuse("a table of texts is none")
         return table
+
+    def _compression(self, said: Any) -> dict[str, Any] | None:
+        if said is None:
+            return None
+        if type(said) is not dict or type(said.get("is_on")) is not bool:
+            self._refuse("its compression is none")
+        try:
+            if compression.parse(said.get("params")) is None:
+                self._refuse("its compression is none")
+        except ArgumentError as error:
+            self._refuse(str(error))
+        return said
 
     def _three(self, item: Any) -> list[Any]:
         if len(self._list(item)) != 3:
