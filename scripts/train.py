@@ -3,6 +3,7 @@
 
     python scripts/train.py --kv-store local
     mpirun -np 4 python scripts/train.py --plot curve.png --weights digits.safetensors
+    mpirun -np 4 python scripts/train.py --checkpoint run --resume
 
 Rules of the file:
 
@@ -35,6 +36,7 @@ from typing import NamedTuple, NoReturn
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import train_checkpoint
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -124,11 +126,13 @@ def fit(
     kv.init(names, values)
     kv.set_optimizer(create_optimizer(args))
     kv.set_gradient_compression(compression(args))
+    epochs = [Epoch(**epoch) for epoch in train_checkpoint.resume(args, kv)]
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
 
     sums.init("score", np.zeros(2))
-    yield Epoch(0, *score(sums, params, train, test))
-    for number in range(1, args.epochs + 1):
+    epochs = epochs or [Epoch(0, *score(sums, params, train, test))]
+    yield from epochs
+    for number in range(epochs[-1].number + 1, args.epochs + 1):
         started_s, store_s = perf_counter(), 0.0
         for batch in shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)):
             share = batch[kv.rank :: kv.num_workers]
@@ -140,7 +144,9 @@ def fit(
         kv.barrier()  # where pushes are late, they are applied now
         kv.pull(names, out=values)
         train_s = perf_counter() - started_s
-        yield Epoch(number, *score(sums, params, train, test), train_s, store_s)
+        epochs = [*epochs, Epoch(number, *score(sums, params, train, test), train_s, store_s)]
+        train_checkpoint.save(args, kv, [dataclasses.asdict(epoch) for epoch in epochs])
+        yield epochs[-1]
 
 
 def create_optimizer(args: argparse.Namespace) -> kvcoll.optimizer.Optimizer:
@@ -338,22 +344,24 @@ def count(number: int, thing: str) -> str:
 
 
 def problem_with_files(args: argparse.Namespace, params: Params) -> str:
-    """Read the weights to resume from into `params`; return what is wrong with a file, or ''."""
+    """Read the weights to start from into `params`; return what is wrong with a file, or ''."""
     for path in filter(None, (args.weights, args.json, args.plot)):
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             return f"cannot write {path}: it is a folder, or its folder is missing or read-only"
-    if args.resume is None:
+    if args.start_from is None:
         return ""
     try:
-        saved = load_file(args.resume)
+        saved = load_file(args.start_from)
     except (OSError, SafetensorError) as error:
-        return f"cannot resume from {args.resume}: {error}"
+        return f"cannot start from {args.start_from}: {error}"
     expected, got = layout(params), layout(saved)
     for name in sorted(expected.keys() | got.keys()):
         want, have = expected.get(name, "no such key"), got.get(name, "no such key")
         if want != have:
             cure = "give the --hidden that it was trained with"
-            return f"cannot resume from {args.resume}: {name}: expected {want}, got {have}: {cure}"
+            return (
+                f"cannot start from {args.start_from}: {name}: expected {want}, got {have}: {cure}"
+            )
     for name, value in saved.items():
         params[name][...] = value
     return ""
@@ -433,11 +441,14 @@ def parse_args() -> argparse.Namespace:
         choices=["auto", "bar", "lines"],
         help="auto: a bar on a terminal; bar: also where mpirun hides the terminal",
     )
-    add("--resume", type=Path, metavar="FILE", help="start from these weights")
+    train_checkpoint.add_options(parser)
+    add("--start-from", type=Path, metavar="FILE", help="start from these weights")
     add("--weights", type=Path, metavar="FILE", help="write the weights, as safetensors")
     add("--json", type=Path, metavar="FILE", help="write the numbers of every epoch")
     add("--plot", type=Path, metavar="FILE", help="draw loss and accuracy, as PNG")
     args = parser.parse_args()
+    if args.resume and args.checkpoint is None:
+        parser.error("--resume goes with --checkpoint DIR")
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
     return args
 

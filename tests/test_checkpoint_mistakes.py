@@ -188,7 +188,11 @@ def test_ranks_that_do_not_mean_the_same_get_one_error(
         for call, why in (
             (lambda: kv.save(path / "x" if last else path), "called save() with path '"),
             (lambda: kv.save(path, keep=1 + last), "called save() with keep=2"),
-            (lambda: kv.save(path, metadata={"e": kv.rank}), 'save() with metadata {"e": 0}'),
+            (
+                lambda: kv.save(path, metadata={"a": ["x" * 99], "e": kv.rank}),
+                "rank 0 called save() with metadata['e'] 0, rank 1 called ",
+            ),
+            (lambda: kv.save(path, metadata={str(kv.rank): 0}), "with metadata of ['0'], rank 1"),
             (lambda: kv.save(path, metadata="e" * 99 + str(kv.rank)), "… (digest "),
             (lambda: kv.save(path, wait=last), "called save() with wait=True"),
             (lambda: kv.barrier() if last else kv.save(path), "called barrier()"),

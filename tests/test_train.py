@@ -113,7 +113,7 @@ def test_weights_start_another_run_on_two_ranks_where_the_first_ended(
     options = ("--epochs", "3", *ANY_ACCURACY)
     assert train_alone(*options, "--weights", weights, "--json", first).returncode == 0
     assert sorted(tmp_path.iterdir()) == [first, weights], "a temporary file is left"
-    job = start(2, SCRIPT, "--resume", weights, "--seed", "7", *options, "--json", second)
+    job = start(2, SCRIPT, "--start-from", weights, "--seed", "7", *options, "--json", second)
     assert job.returncode == 0, job.stderr
     assert column(second, "loss")[0] == pytest.approx(column(first, "loss")[-1], rel=1e-5)
     assert column(second, "loss")[-1] < column(first, "loss")[-1]
@@ -124,17 +124,17 @@ def test_weights_of_another_network_or_of_no_network_are_refused(tmp_path: Path)
     options = ("--epochs", "1", *ANY_ACCURACY)
     assert train_alone(*options, "--hidden", "8", "--weights", weights).returncode == 0
     foreign.write_bytes(b"these are no weights")
-    wider = train_alone(*options, "--hidden", "9", "--resume", weights)
-    no_weights = train_alone(*options, "--resume", foreign)
+    wider = train_alone(*options, "--hidden", "9", "--start-from", weights)
+    no_weights = train_alone(*options, "--start-from", foreign)
     assert [wider.returncode, no_weights.returncode] == [2, 2]
     assert "layer1_bias: expected float32[9], got float32[8]" in wider.stderr
-    assert f"cannot resume from {foreign}: " in no_weights.stderr
+    assert f"cannot start from {foreign}: " in no_weights.stderr
 
 
 def test_a_file_that_only_rank_0_misses_ends_all_ranks_with_one_message(start: Start) -> None:
-    job = start(2, SCRIPT, "--resume", "/nowhere/digits.safetensors")
+    job = start(2, SCRIPT, "--start-from", "/nowhere/digits.safetensors")
     assert (job.returncode, job.timed_out) == (2, False)
-    assert job.stderr.count("train.py: error: cannot resume from /nowhere/digits") == 1
+    assert job.stderr.count("train.py: error: cannot start from /nowhere/digits") == 1
     assert "Traceback" not in job.stderr
 
 

@@ -93,7 +93,7 @@ class Checkpoints:
             content = content_of(own)
             for kept in (*content.arrays, *own_of(own)):
                 kept.check()
-        items = (f"path {given!r}", f"keep={keep_last}", f"wait={bool(wait)}", f"metadata {text}")
+        items = (f"path {given!r}", f"keep={keep_last}", f"wait={bool(wait)}", *_said(text))
         self._agreement.confirm(Call("save()", digest("save", *items), [*map(_short, items)]))
         self.finish()
         place = self._begin(given, content, own, rank_text)
@@ -292,6 +292,15 @@ class Checkpoints:
         if self._rank == 0 and folder and not folders.is_complete(folder):
             with suppress(FileError):  # the next save tries again
                 folders.discard(folder)
+
+
+def _said(metadata: str) -> list[str]:
+    """Write metadata in parts, so that the one is named in which ranks differ."""
+    value = json.loads(metadata)
+    if not isinstance(value, dict):
+        return [f"metadata {metadata}"]
+    parts = [f"metadata[{name!r}] {json.dumps(inner)}" for name, inner in value.items()]
+    return [f"metadata of {list(value)}", *parts]
 
 
 def _short(item: str) -> str:
