@@ -51,7 +51,7 @@ def test_training_goes_on_with_the_bits_of_a_run_that_did_not_stop(
     train(kv, range(3))
     kv.save(path)
     with kvcoll.create(kv.type) as empty, kvcoll.create(kv.type) as filled:
-        filled.init(KEYS, [value + 9 for value in values()])
+        filled.init(KEYS, [np.asarray(value + 9, value.dtype) for value in values()])
         filled.set_optimizer(name.split()[0])
         train(filled, range(1))
         for store in (empty, filled):
