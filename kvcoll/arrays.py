@@ -34,7 +34,19 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
-def describe(array: Array) -> str:
+class Shaped(Protocol):
+    """What has a shape and a dtype: an array, or what stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> DType:
+        """Its dtype."""
+
+
+def describe(array: Shaped) -> str:
     """Write an array's dtype and shape as every message of kvcoll does: ``float32[2, 3]``."""
     return signature(array.shape, array.dtype)
 

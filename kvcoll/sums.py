@@ -11,11 +11,36 @@ else, not on its place in an array nor on who adds it; nothing is allocated in a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 
 from .arrays import Array, DType, wide
+
+#: A rank, or what is added one after another.
+Order: TypeAlias = "int | tuple[Order, ...]"
+
+
+def order_of(hosts: Sequence[Sequence[int]], *, tree: bool) -> Order:
+    """Write down the order for sums that an `Adder` does not take.
+
+    Parameters
+    ----------
+    hosts : sequence of sequence of int
+        The ranks of each host.
+    tree : bool
+        Add in a binary tree over the ranks.
+    """
+    if tree:
+        return _tree_of(range(sum(map(len, hosts))))
+    return tuple(tuple(ranks) for ranks in hosts)
+
+
+def _tree_of(ranks: Sequence[int]) -> Order:
+    if len(ranks) == 1:
+        return ranks[0]
+    half = 1 << (len(ranks) - 1).bit_length() - 1
+    return _tree_of(ranks[:half]), _tree_of(ranks[half:])
 
 
 @final
