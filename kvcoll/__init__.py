@@ -9,12 +9,14 @@ from ._version import __version__
 from .base import KVStoreBase
 from .checkpoint import Checkpoint, load
 from .create import create
+from .sparse import RowSparse
 from .store import KVStore
 
 __all__ = [
     "Checkpoint",
     "KVStore",
     "KVStoreBase",
+    "RowSparse",
     "__version__",
     "create",
     "errors",

@@ -64,8 +64,9 @@ class Call:
         64 bits over everything that must be equal on all ranks.
     items : iterable of str
         The same in words, one part each; written and compared only when digests differ.
-    keys : list of int or of str, or an int or a str; optional
-        What is pushed, for ranks that have joined.
+    keys : tuple, optional
+        For ranks that have joined: the key or list of keys that is pushed, and those of
+        them of which only rows are pushed.
     """
 
     name: str

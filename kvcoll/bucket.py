@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,6 +50,8 @@ class Bucket:
     runs : tuple of Run
         The same keys, neighbours joined.
     n_elements : int
+    is_sparse : bool
+        Whether it is one key of which only rows are pushed.
     first, last : int
         The members' places in the list that was planned: from `first` to before `last`.
     """
@@ -62,12 +64,14 @@ class Bucket:
     n_elements: int
     first: int
     last: int
+    is_sparse: bool = False
 
 
 def plan(
     entries: Sequence[Entry],
     bucket_bytes: int = BUCKET_BYTES,
     own_bucket_bytes: int = OWN_BUCKET_BYTES,
+    sparse: Collection[int] = (),
 ) -> list[Bucket]:
     """Cut a list of keys into buckets.
 
@@ -80,6 +84,8 @@ def plan(
         When a bucket is full. A larger key has a bucket of its own.
     own_bucket_bytes : int, optional
         From which size on a key has a bucket of its own in any case.
+    sparse : collection of int, optional
+        Of which of them, by place in the list, only rows are pushed: these stand alone.
 
     Returns
     -------
@@ -90,7 +96,7 @@ def plan(
     n_bytes, is_open = 0, False
     for position, entry in enumerate(entries):
         own_bytes = entry.value.nbytes
-        alone = own_bytes >= min(own_bucket_bytes, bucket_bytes)
+        alone = own_bytes >= min(own_bucket_bytes, bucket_bytes) or position in sparse
         fits = (
             is_open
             and not alone
@@ -104,10 +110,10 @@ def plan(
             lists.append([position])
             n_bytes = own_bytes
         is_open = not alone
-    return [_bucket(entries, positions) for positions in lists]
+    return [_bucket(entries, own, is_sparse=own[0] in sparse) for own in lists]
 
 
-def _bucket(entries: Sequence[Entry], positions: list[int]) -> Bucket:
+def _bucket(entries: Sequence[Entry], positions: list[int], *, is_sparse: bool) -> Bucket:
     members = []
     stop = 0
     for position in positions:
@@ -123,6 +129,7 @@ def _bucket(entries: Sequence[Entry], positions: list[int]) -> Bucket:
         n_elements=stop,
         first=positions[0],
         last=positions[-1] + 1,
+        is_sparse=is_sparse,
     )
 
 

@@ -113,8 +113,8 @@ def create(
         in one order on all ranks, and a pull waits for its keys only. On one host, where
         there is no wire to wait for and a thread would take the core that the sums need,
         a push is complete when it returns, unless this is ``'always'``. So it is with an
-        updater of the user's own. What it takes: memory of the size of the gradients, and
-        an MPI that allows several threads (MPI_THREAD_MULTIPLE).
+        updater of the user's own, and with a push of rows. What it takes: memory of the
+        size of the gradients, and an MPI that allows several threads (MPI_THREAD_MULTIPLE).
     staleness : int, default 1
         Of ``'dist_async'``: how many pushes of a key may not be applied yet when a push of it
         returns; 0 waits for each.
@@ -243,7 +243,14 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
         agreement = _async_agreement(own, link) if is_async else link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
-        store = KVStore(kind, transport, agreement, one_thread=True, launching=launching)
+        store = KVStore(
+            kind,
+            transport,
+            agreement,
+            one_thread=True,
+            launching=launching,
+            tree=options.reproducible,
+        )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)

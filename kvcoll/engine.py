@@ -22,14 +22,20 @@ from .compressor import Compressor
 from .errors import UpdaterError, text_of
 from .packing import as_flat, pack_into, wants_wide
 from .replica import Chunk, Entry
+from .rows import sum_rows
 from .schema import Spec
+from .sparse import Rows, spread
+from .sums import order_of
 from .transport.contract import Sink, Transport, Window
-from .updater import Updater
+from .updater import RowsSink, Updater
 
 # Flags of an agreement.
 _WIDE = 1  # some rank sums several values, or wider ones, for keys of 16 or 8 bits
 _FAILED = 2  # some rank's updater raised
 _PLAIN = 4  # some rank pushes arrays that are not the store's own
+
+# In cache, as an optimizer's own pieces are.
+_SPREAD_ELEMENTS = 1 << 16
 
 _AFTER_UPDATE = Call("the end of a push", 0)
 
@@ -46,6 +52,8 @@ class Push:
 
     def __post_init__(self) -> None:
         self.has_small_floats = any(bucket.is_small_float for bucket in self.buckets)
+        self.sparse = tuple(bucket for bucket in self.buckets if bucket.is_sparse)
+        self.dense = tuple(bucket for bucket in self.buckets if not bucket.is_sparse)
 
 
 @final
@@ -62,10 +70,19 @@ class _WithUpdater:
 
 @final
 class Engine:
-    """Runs the calls of one store on one transport."""
+    """Runs the calls of one store on one transport.
 
-    def __init__(self, transport: Transport, agreement: Agreement) -> None:
+    Parameters
+    ----------
+    transport : Transport
+    agreement : Agreement
+    tree : bool, default False
+        Whether the transport adds in a binary tree over the ranks.
+    """
+
+    def __init__(self, transport: Transport, agreement: Agreement, *, tree: bool = False) -> None:
         self._transport = transport
+        self._order = order_of(transport.topology.hosts, tree=tree)
         self._agreement = agreement
         self._scratch: dict[DType, Array] = {}
         self._values: dict[Chunk, Window] = {}  # where the stored values lie
@@ -82,7 +99,7 @@ class Engine:
         if push.ready_for is not updater:
             self._take_memory(push, updater)
         if self._compressor is not None:
-            self._compressor.pack(push.buckets, values)
+            self._compressor.pack(push.dense, values)
         return self._call(push, updater)
 
     def draft_compressor(self, compression: Compression, specs: Iterable[Spec]) -> Compressor:
@@ -153,6 +170,11 @@ class Engine:
     def _take_memory(self, push: Push, updater: Updater) -> None:
         updater.prepare(push.buckets)
         for bucket in push.buckets:
+            if bucket.is_sparse:
+                # Settings decide whether one of ours takes rows, and may be changed.
+                takes_rows = updater.may_raise and updater.takes_rows
+                self._reserve(bucket.dtype, _spread_elements(bucket, updater), unless=takes_rows)
+                continue
             self._reserve(bucket.dtype, bucket.n_elements, unless=_sums_in_place(bucket, updater))
             self._reserve(bucket.wide_dtype, bucket.n_elements, unless=not bucket.is_small_float)
         for bucket in push.windowed:
@@ -207,7 +229,12 @@ class Engine:
             raise
 
     def push_agreed(
-        self, push: Push, values: list[list[Array]], updater: Updater, flags: int
+        self,
+        push: Push,
+        values: list[list[Array]],
+        updater: Updater,
+        flags: int,
+        rows: Sequence[Rows] = (),
     ) -> None:
         """Sum the values of each key, over the ranks too, and update the stored ones.
 
@@ -219,17 +246,36 @@ class Engine:
         updater : Updater
         flags : int
             What `agree` gave.
+        rows : sequence of Rows, optional
+            For each of `push.sparse` what this rank pushes.
         """
         buckets = push.buckets if flags & _PLAIN else push.windowed
         if updater.may_raise:
-            self._push_guarded(push, buckets, values, updater, flags)
+            self._push_guarded(push, buckets, values, updater, flags, rows)
             return
         try:
+            totals = iter(self.sum_rows(push, rows) if push.sparse else ())
             for bucket in buckets:
-                self._run(bucket, values, updater, flags)
+                if bucket.is_sparse:
+                    self.begin_rows(bucket, updater)(next(totals))
+                else:
+                    self._run(bucket, values, updater, flags)
         except BaseException as error:
             self.abort(push.call.name, error)
             raise
+
+    def sum_rows(self, push: Push, rows: Sequence[Rows]) -> list[Rows]:
+        """Sum the rows of the keys of which only rows are pushed: one exchange for all."""
+        dtypes = [bucket.dtype for bucket in push.sparse]
+        return sum_rows(self._transport, self._order, rows, dtypes)
+
+    def begin_rows(self, bucket: Bucket, updater: Updater) -> RowsSink:
+        """Begin the update of a key by rows, or by the array that they stand for."""
+        if updater.takes_rows:
+            return updater.begin_rows(bucket)
+        sink, n = updater.begin(bucket), bucket.n_elements
+        piece = self._scratch[bucket.dtype][: _spread_elements(bucket, updater)]
+        return lambda rows: spread(rows, n, piece, sink)
 
     def packed_dtype(self, bucket: Bucket, flags: int) -> DType:
         """Say in which dtype the ranks pack a bucket, given the flags of `agree`."""
@@ -262,20 +308,29 @@ class Engine:
         values: list[list[Array]],
         updater: Updater,
         flags: int,
+        rows: Sequence[Rows],
     ) -> None:
         """Sum and update where the user's code may raise on one rank and not on another."""
         failure: BaseException | None = None
         try:
+            totals = iter(self.sum_rows(push, rows))
             for bucket in buckets:
-                total = self._sum(bucket, values, flags)
+                if bucket.is_sparse:
+                    update = partial(self._update_rows, updater, bucket, next(totals))
+                else:
+                    total = self._sum(bucket, values, flags)
+                    update = partial(_update, updater, bucket, total)
                 if failure is None:  # else the others still wait for this rank's share of the sum
-                    failure = self.try_update(partial(_update, updater, bucket, total))
+                    failure = self.try_update(update)
             error = self.mend(push, updater, failure)
         except BaseException as error:
             self.abort(push.call.name, error)
             raise
         if error is not None:
             raise error
+
+    def _update_rows(self, updater: Updater, bucket: Bucket, total: Rows) -> None:
+        self.begin_rows(bucket, updater)(total)
 
     def try_update(self, update: Callable[[], None]) -> BaseException | None:
         """Run an update that may raise; give what it has raised."""
@@ -435,6 +490,15 @@ def _shifted(sink: Sink, by: int) -> Sink:
         sink(start + by, stop + by, total)
 
     return shifted
+
+
+def _spread_elements(bucket: Bucket, updater: Updater) -> int:
+    """Say in pieces of what size an updater that takes no rows gets a key's sum."""
+    if updater.may_raise or updater.needs_whole_keys:
+        return bucket.n_elements
+    n_rows = bucket.members[0].entry.spec.shape[0]
+    width = bucket.n_elements // max(1, n_rows)
+    return min(bucket.n_elements, max(width, _SPREAD_ELEMENTS // max(1, width) * width))
 
 
 def _update(updater: Updater, bucket: Bucket, total: Array) -> None:

@@ -25,8 +25,9 @@ from .packing import pack_into
 from .replica import Entry
 from .schema import Key
 from .slots import Slots
+from .sparse import Rows
 from .transport.contract import Sink
-from .updater import Updater
+from .updater import RowsSink, Updater
 
 
 class Launch(ABC):
@@ -53,6 +54,7 @@ class Launch(ABC):
         *,
         plain: bool,
         priority: int,
+        rows: Sequence[Rows] = (),
     ) -> None:
         """Run a push, or see to it that it will be run.
 
@@ -68,6 +70,8 @@ class Launch(ABC):
             Whether any of the values is not the array that the store gave for the key.
         priority : int
             Of pushes that wait those with the highest are summed first.
+        rows : sequence of Rows, optional
+            For each of `push.sparse` what this rank pushes, in memory of its own.
         """
 
     @abstractmethod
@@ -115,10 +119,11 @@ class InLine(Launch):
         *,
         plain: bool,
         priority: int,
+        rows: Sequence[Rows] = (),
     ) -> None:
         """Run it."""
         flags = self._engine.agree(push, call, values, plain=plain)
-        self._engine.push_agreed(push, values, updater, flags)
+        self._engine.push_agreed(push, values, updater, flags, rows)
 
     def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
         """Return at once."""
@@ -170,7 +175,8 @@ class _Waiting:
     def reserve(self, push: Push, at_most: int) -> None:
         """Wait until at most so many jobs wait for each key, and take memory for one more."""
         self.wait(push.entries, at_most)
-        self._slots.reserve(_slot_bytes(bucket) for bucket in push.buckets)
+        packed = (bucket for bucket in push.buckets if not bucket.is_sparse)
+        self._slots.reserve(_slot_bytes(bucket) for bucket in packed)
 
     def pack(
         self, bucket: Bucket, values: list[list[Array]], updater: Updater, *, is_wide: bool
@@ -219,7 +225,7 @@ class Overlap(Launch):
     """A push returns once the ranks have agreed on it and its values are packed.
 
     Sums and updates run in the backlog; a key waits for one sum at most. An updater that
-    may raise runs in line.
+    may raise runs in line, and so does a push of rows.
 
     Parameters
     ----------
@@ -235,7 +241,7 @@ class Overlap(Launch):
 
     def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Wait until no sum waits for these keys, too."""
-        if updater.may_raise:
+        if updater.may_raise or push.sparse:
             self.drain()
         else:
             self._waiting.reserve(push, at_most=0)
@@ -250,11 +256,12 @@ class Overlap(Launch):
         *,
         plain: bool,
         priority: int,
+        rows: Sequence[Rows] = (),
     ) -> None:
         """Agree, pack, and leave sum and update to the backlog: a job a bucket."""
         flags = self._engine.agree(push, call, values, plain=plain)
-        if updater.may_raise:
-            self._engine.push_agreed(push, values, updater, flags)
+        if updater.may_raise or push.sparse:
+            self._engine.push_agreed(push, values, updater, flags, rows)
             return
         try:
             for bucket in push.buckets:
@@ -348,13 +355,17 @@ class Late(Launch):
         *,
         plain: bool,
         priority: int,
+        rows: Sequence[Rows] = (),
     ) -> None:
         """Pack, and leave all else to the backlog: one job."""
-        packed = [
-            self._waiting.pack(bucket, values, updater, is_wide=True) for bucket in push.buckets
+        parts = [
+            self._engine.begin_rows(bucket, updater)
+            if bucket.is_sparse
+            else self._waiting.pack(bucket, values, updater, is_wide=True)
+            for bucket in push.buckets
         ]
         keys = [entry.spec.key for entry in push.entries]
-        self._waiting.add(keys, 0, partial(self._run, push, packed, updater, call))
+        self._waiting.add(keys, 0, partial(self._run, push, parts, rows, updater, call))
         if self._staleness == 0 or not updater.keeps_settings:
             self._waiting.wait(push.entries)
 
@@ -381,21 +392,31 @@ class Late(Launch):
         """Which error of a push it was."""
         return self._backlog.failure
 
-    def _run(self, push: Push, parts: Sequence[_Packed], updater: Updater, call: Call) -> None:
+    def _run(
+        self,
+        push: Push,
+        parts: Sequence[_Packed | RowsSink],
+        rows: Sequence[Rows],
+        updater: Updater,
+        call: Call,
+    ) -> None:
         try:
             self._agreement.confirm(call)
         except Exception as error:
             raise SharedError(error) from error
         failure: BaseException | None = None
-        for packed in parts:
-            bucket = packed.bucket
-            total = packed.total
-            self._engine.sum_packed_whole(bucket, packed.source, total)
+        totals = iter(self._engine.sum_rows(push, rows))
+        for part in parts:
+            if isinstance(part, _Packed):
+                self._engine.sum_packed_whole(part.bucket, part.source, part.total)
+                update = partial(part.sink, 0, part.bucket.n_elements, part.total)
+            else:
+                update = partial(part, next(totals))
             if failure is None:
-                update = partial(packed.sink, 0, bucket.n_elements, total)
                 with self.reading:
                     failure = self._engine.try_update(update)
-            self._waiting.give_back(packed)
+            if isinstance(part, _Packed):
+                self._waiting.give_back(part)
         if not updater.may_raise:
             if failure is not None:
                 raise failure

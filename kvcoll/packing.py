@@ -16,6 +16,7 @@ def wants_wide(entries: Sequence[Entry], values: list[list[Array]]) -> bool:
     return any(
         len(arrays) > 1 or arrays[0].dtype != entry.spec.dtype
         for entry, arrays in zip(entries, values, strict=True)
+        if arrays  # none where only rows are pushed
     )
 
 

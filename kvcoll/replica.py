@@ -18,6 +18,7 @@ import numpy as np
 
 from .arrays import Array, DType
 from .schema import Key, Spec
+from .sparse import Rows
 
 # Memory that is not touched costs nothing, so chunks are large; they grow with the
 # store, so that a store of few small keys reserves little.
@@ -106,17 +107,20 @@ class Replica:
             drafted.append(Entry(spec, chunks[spec.dtype], start, stop))
         return drafted
 
-    def keep(self, drafted: Sequence[Entry], values: Sequence[Array]) -> None:
+    def keep(self, drafted: Sequence[Entry], values: Sequence[Array | Rows]) -> None:
         """Copy values in, and count them.
 
         Parameters
         ----------
         drafted : sequence of Entry
-        values : sequence of numpy.ndarray
+        values : sequence of numpy.ndarray or Rows
             For each key its value, of any dtype and layout.
         """
         for entry, value in zip(drafted, values, strict=True):
-            np.copyto(entry.value, value, casting="unsafe")
+            if isinstance(value, Rows):
+                value.write_to(entry.value)
+            else:
+                np.copyto(entry.value, value, casting="unsafe")
             self.entries[entry.spec.key] = entry
             self._open[entry.spec.dtype] = entry.chunk
             entry.chunk.used = entry.stop

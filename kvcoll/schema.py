@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .arrays import Array, DType, can_cast, describe, signature
+from .arrays import DType, Shaped, can_cast, describe, signature
 from .errors import (
     ArgumentError,
     DTypeMismatchError,
@@ -42,12 +42,15 @@ class Spec:
         In native byte order.
     order : int
         The how-many-th key of the store this is, from 0, in the order of `init`.
+    row_sparse : bool
+        Whether it was initialised by a row-sparse value.
     """
 
     key: Key
     shape: tuple[int, ...]
     dtype: DType
     order: int
+    row_sparse: bool = False
 
     @property
     def update_rank(self) -> int:
@@ -63,9 +66,10 @@ class Spec:
         return n
 
     def __str__(self) -> str:
-        return f"key {self.key!r} holds {signature(self.shape, self.dtype)}"
+        kind = "row-sparse " if self.row_sparse else ""
+        return f"key {self.key!r} holds {kind}{signature(self.shape, self.dtype)}"
 
-    def check_pushed(self, array: Array, verb: str = "pushed") -> None:
+    def check_pushed(self, array: Shaped, verb: str = "pushed") -> None:
         """Raise unless `array` may be summed into this key's value."""
         if array.shape != self.shape:
             raise ShapeMismatchError(
@@ -77,7 +81,7 @@ class Spec:
                 f"{self.dtype.name} by NumPy's same_kind rule; convert it with astype"
             )
 
-    def check_output(self, array: Array) -> None:
+    def check_output(self, array: Shaped) -> None:
         """Raise unless this key's value may be copied into `array`."""
         if array.shape != self.shape:
             raise ShapeMismatchError(f"{self}, the output is {describe(array)}: reshape it")

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn, TypeAlias, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 
-from . import farewell, states
+from . import by_rows, farewell, states
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
-from .arrays import Array, as_array, as_output, fill_device, native, round_to, signature
+from .arrays import Array, as_array, round_to, signature
 from .base import KVStoreBase
 from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
@@ -39,7 +39,9 @@ from .errors import (
 from .files import as_path
 from .guard import Guard, Reading
 from .launch import InLine, Launch
+from .outputs import Output, checked_outputs, fill
 from .replica import Entry, Replica
+from .row_pull import row_sparse_pull
 from .schema import (
     Key,
     Spec,
@@ -49,10 +51,9 @@ from .schema import (
     require_one_kind,
     show_keys,
 )
+from .sparse import Rows, RowSparse
 from .transport.contract import Transport
 from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
-
-_Output: TypeAlias = "tuple[Entry, Array, Array | None]"  # stored, host, device
 
 _NO_OUTPUT = object()
 _NO_VALUE = object()
@@ -60,6 +61,7 @@ _RESIDUAL = "residual:"
 _CAPABILITIES = (KVStoreBase.OPTIMIZER,)
 _BARRIER = Call("barrier()", digest("barrier"))
 _MOST_PLANS = 4096
+_MOST_VARIANTS = 64
 _SET_UPDATER = Call("set_updater()", digest("set_updater"))
 _LOAD_STATES = Call("load_optimizer_states()", digest("load_optimizer_states"))
 _FILE_WRITTEN = Call("the end of save_optimizer_states()", digest("file written"))
@@ -79,6 +81,8 @@ class _Plan:
     own_values: list[list[Array]]  # the same in the order of the push
 
     def __post_init__(self) -> None:
+        self.row_sparse = next((e.spec for e in self.given if e.spec.row_sparse), None)
+        self._by_rows: dict[tuple[int, ...], Push] = {}
         self.is_in_order = self.places == tuple(range(len(self.given)))
         self._shapes = [entry.spec.shape for entry in self.given]
         self._dtypes = [entry.spec.dtype for entry in self.given]
@@ -95,6 +99,14 @@ class _Plan:
             and [array.shape for array in arrays] == self._shapes
             and [array.dtype for array in arrays] == self._dtypes
         )
+
+    def by_rows(self, places: tuple[int, ...]) -> Push:
+        """Give the push in which the keys at these places come as rows."""
+        if places not in self._by_rows:
+            if len(self._by_rows) >= _MOST_VARIANTS:
+                self._by_rows.clear()
+            self._by_rows[places] = by_rows.variant(self.push, self.given, places)
+        return self._by_rows[places]
 
     def is_own(self, value: Any) -> bool:
         """Say whether exactly the arrays that `empty` gave are pushed."""
@@ -124,6 +136,8 @@ class KVStore(KVStoreBase):
         Whether all calls must come from one thread, as collective calls must.
     launching : callable, optional
         Makes of the store's engine a `Launch`, which says when pushes run.
+    tree : bool, default False
+        Whether the transport adds in a binary tree over the ranks.
     """
 
     def __init__(
@@ -134,12 +148,13 @@ class KVStore(KVStoreBase):
         *,
         one_thread: bool,
         launching: Callable[[Engine], Launch] = InLine,
+        tree: bool = False,
     ) -> None:
         self._type = type_
         self._transport = transport
         self._topology = transport.topology
         self._agreement = agreement
-        self._engine = Engine(transport, agreement)
+        self._engine = Engine(transport, agreement, tree=tree)
         self._launch = launching(self._engine)
         self._updater: Updater = Assign()
         self._replica = Replica()
@@ -222,8 +237,10 @@ class KVStore(KVStoreBase):
         Parameters
         ----------
         key : int, str, or list of them
-        value : array, or list of arrays
-            One a key; copied. Each may be a list of one.
+        value : array or RowSparse, or list of them
+            One a key; copied. Each may be a list of one. A `RowSparse` makes a row-sparse
+            key: its value takes memory as an array does, and a `pull` of it must ask for
+            the whole.
 
         Raises
         ------
@@ -248,10 +265,13 @@ class KVStore(KVStoreBase):
         ----------
         key : int, str, or list of them
             A key may stand several times: its values are summed together.
-        value : array, or list of arrays; for a list of keys a list of either
+        value : array or RowSparse, or list of them; for a list of keys a list of either
             Of the key's shape, and of a dtype that casts to the key's by NumPy's
             ``same_kind`` rule. Lists are one value a device, and may differ in length
-            from push to push and from rank to rank.
+            from push to push and from rank to rank. Of a `RowSparse` only its rows travel;
+            each rank may push other rows, and other numbers of them, none included, but
+            for one key all push rows or all push arrays. A list with both is summed as
+            arrays.
         priority : int, default 0
             Of the pushes that wait those of higher priority are summed first; rank 0's
             counts. Only where pushes overlap with what their callers do (see `create`);
@@ -272,7 +292,12 @@ KeyKindError, ArrayError
         -----
         The updater runs once a distinct key: int keys ascending, str keys in the order
         of `init`. Without an updater the sum replaces the value. Cost: one agreement,
-        and ``2 (n - 1) / n`` of the bytes each way between n ranks.
+        and ``2 (n - 1) / n`` of the bytes each way between n ranks; of rows, all
+        bytes to each of the other ranks, and never compressed.
+
+        A sum of rows is in an updater of the user's a `RowSparse`, ascending and each row
+        once. Optimizers with `lazy_update` change only these rows and their states; others
+        see an array that is 0 elsewhere. Without an updater the other rows become 0.
         """
         with self._guard:
             self._push(key, value, priority)
@@ -289,7 +314,8 @@ KeyKindError, ArrayError
         priority : int, default 0
             Taken for MXNet's sake.
         ignore_sparse : bool, default True
-            Taken for MXNet's sake.
+            Of a row-sparse key the whole is copied only if this is False: else call
+            `row_sparse_pull`.
 
         Returns
         -------
@@ -304,11 +330,57 @@ KeyKindError, ArrayError
         """
         with self._reading:
             plan = self._plan(key)
+            if plan.row_sparse is not None and ignore_sparse:
+                raise ArgumentError(
+                    f"{plan.row_sparse}: pull all of it with ignore_sparse=False, "
+                    "or some rows with row_sparse_pull"
+                )
             if self._launch.is_in_line:
                 return _pull(plan, out)
             self._launch.wait(plan.given, to_read=True)
             with self._launch.reading:
                 return _pull(plan, out)
+
+    def row_sparse_pull(
+        self, key: Any, out: Any = None, priority: int = 0, row_ids: Any = None
+    ) -> Any:
+        """Copy rows of stored values into row-sparse ones; no communication.
+
+        Parameters
+        ----------
+        key : int, str, or list of them
+            Row-sparse or not.
+        out : RowSparse, or list of them; for a list of keys a list of either, optional
+            Of the key's shape and of a dtype to which the key's casts by NumPy's
+            ``same_kind`` rule. Each gets memory of its own for its rows.
+        priority : int, default 0
+            Taken for MXNet's sake.
+        row_ids : array of int, or list of them; for a list of keys a list of either
+            Which rows, in any order and any number of times; `out` holds them ascending
+            and each once. One array is for all outputs, a list has one for each.
+
+        Returns
+        -------
+        RowSparse, or list
+            `out`; where that is not given, a new one, or a list of new ones.
+
+        Raises
+        ------
+        IndexError
+            A row is not in the key's value.
+        KeyNotFoundError, ShapeMismatchError, DTypeMismatchError, ArgumentError, \
+KeyKindError, ArrayError
+            A mistake of this rank; raised here only, and nothing is filled.
+
+        Notes
+        -----
+        Cost: in proportion to the rows.
+        """
+        with self._reading:
+            plan = self._plan(key)
+            self._launch.wait(plan.given, to_read=True)
+            with self._launch.reading:
+                return row_sparse_pull(plan.given, plan.is_list, out, row_ids)
 
     def empty(self, key: Any) -> Any:
         """Give arrays for gradients that a push need not copy; called by all ranks.
@@ -452,7 +524,9 @@ KeyKindError, ArrayError
         key, value, priority
             As for `push`.
         out : array or list, optional
-            As for `pull`; by default `value`, which is then changed in place.
+            As for `pull`; by default `value`, which is then changed in place. A
+            `RowSparse` gets the rows that it names; an array gets all, of row-sparse keys,
+            too.
 
         Returns
         -------
@@ -470,7 +544,7 @@ KeyKindError, ArrayError
             outputs = self._push(key, value, priority, out)
             self._launch.wait(self._plan(key).given, to_read=True)
             with self._launch.reading:
-                _fill(outputs)
+                fill(outputs)
         return out
 
     def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> Any:
@@ -496,7 +570,7 @@ KeyKindError, ArrayError
             As `init` and `pull` do.
         """
         with self._guard:
-            _fill(self._init(key, value, out))
+            fill(self._init(key, value, out))
         return out
 
     # Updates ----------------------------------------------------------------------
@@ -508,7 +582,8 @@ KeyKindError, ArrayError
         ----------
         updater : callable
             ``updater(key, input, stored)`` changes the array `stored` in place, given
-            the sum in `input`, which it may overwrite. It must do the same on every
+            the sum in `input`, which it may overwrite; a `RowSparse` where only rows were
+            pushed, while `stored` is an array even so. It must do the same on every
             rank. If it raises, the push raises, and all replicas are set to the values
             of the lowest rank on which it did not.
 
@@ -978,11 +1053,13 @@ KeyKindError, ArrayError
             )
             self._agreement.refuse("the end of join()", error)
         else:
-            zeros = [
-                np.zeros(entry.spec.shape, entry.spec.dtype)
-                for entry in self._plan(call.keys).given
-            ]
-            self._push(call.keys, zeros if isinstance(call.keys, list) else zeros[0], 0)
+            keys, sparse = call.keys
+            zeros: list[Array | RowSparse] = []
+            for entry in self._plan(keys).given:
+                shape, dtype = entry.spec.shape, entry.spec.dtype
+                is_sparse = entry.spec.key in sparse
+                zeros.append(RowSparse.empty(shape, dtype) if is_sparse else np.zeros(shape, dtype))
+            self._push(keys, zeros if isinstance(keys, list) else zeros[0], 0)
 
     def _refuse(self, name: str, error: Exception) -> NoReturn:
         """Tell the other ranks of a mistake, once they have come to it."""
@@ -1028,7 +1105,7 @@ KeyKindError, ArrayError
         self._launch.stop()
         self._engine.close()
 
-    def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[_Output]:
+    def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[Output]:
         with self._checked("init()"):
             specs, values, is_list = self._new_values(key, value)
             drafted = self._replica.draft(specs)
@@ -1036,7 +1113,7 @@ KeyKindError, ArrayError
             call = Call(f"init({_shown(specs)})", digest("init", *items), items)
             by_key = {entry.spec.key: entry for entry in drafted}
             given = [by_key[k] for k in (as_keys(key)[0])]
-            outputs = [] if out is _NO_OUTPUT else _outputs(given, is_list, out)
+            outputs = [] if out is _NO_OUTPUT else checked_outputs(given, is_list, out)
         self._agreement.confirm(call)
         self._engine.place(drafted)
         self._replica.keep(drafted, values)
@@ -1085,31 +1162,30 @@ KeyKindError, ArrayError
             adoptable.append(self._engine.without_a_share(array))
         return adoptable
 
-    def _new_values(self, key: Any, value: Any) -> tuple[list[Spec], list[Array], bool]:
+    def _new_values(self, key: Any, value: Any) -> tuple[list[Spec], list[Array | Rows], bool]:
         """Check what is to be initialised; in update order, so that neighbours stay so."""
         keys, is_list = as_keys(key)
         require_one_kind(keys, self._kind)
         known = self._replica.entries
-        first: set[Key] = set()
+        seen: set[Key] = set()
         for k in keys:
             if k in known:
                 raise KeyExistsError(f"{known[k].spec} already: a key is initialised once")
-            if k in first:
+            if k in seen:
                 raise KeyExistsError(f"key {k!r} stands twice in the list")
-            first.add(k)
-        new: list[tuple[Spec, Array]] = []
+            seen.add(k)
+        new: list[tuple[Spec, Array | Rows]] = []
         lists = one_per_key(keys, is_list, value, "values")
         for order, (k, entries) in enumerate(zip(keys, lists, strict=True), len(known)):
             if len(entries) > 1:
                 raise ArgumentError(
                     f"key {k!r}: init takes one value, or a list of one, got {len(entries)}"
                 )
-            array = as_array(entries[0])
-            new.append((Spec(k, array.shape, native(array.dtype), order), array))
+            new.append(by_rows.first_value(k, entries[0], order))
         new.sort(key=lambda pair: pair[0].update_rank)
         return [spec for spec, _ in new], [array for _, array in new], is_list
 
-    def _push(self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT) -> list[_Output]:
+    def _push(self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT) -> list[Output]:
         if self._guard.inside:
             raise self._guard.nested()
         updater = self._updater
@@ -1119,14 +1195,23 @@ KeyKindError, ArrayError
             if builtins.type(priority) is not int:
                 priority = _as_priority(priority)
             is_own = plan.is_own(value)
-            values = plan.own_values if is_own else _pushed_values(plan, value)
-            outputs = [] if out is _NO_OUTPUT else _outputs(plan.given, plan.is_list, out)
+            values, rows = (plan.own_values, {}) if is_own else _pushed_values(plan, value)
+            outputs: list[Output] = []
+            if out is not _NO_OUTPUT:
+                outputs = checked_outputs(plan.given, plan.is_list, out, takes_rows=True)
+            push = plan.push
+            ready: list[Rows] = []
+            if rows:
+                push = plan.by_rows(tuple(rows))
+                ready = by_rows.ready(push, rows)
             if self._has_lent and not is_own:
-                self._engine.copy_lent(plan.push, values)
-            call = self._launch.reserve(plan.push, updater, values)
+                self._engine.copy_lent(push, values)
+            call = self._launch.reserve(push, updater, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._refuse("push()", error)
-        self._launch.push(plan.push, values, updater, call, plain=not is_own, priority=priority)
+        self._launch.push(
+            push, values, updater, call, plain=not is_own, priority=priority, rows=ready
+        )
         self._version += 1
         return outputs
 
@@ -1158,7 +1243,7 @@ KeyKindError, ArrayError
         specs = [entry.spec for entry in given]
         items = [str(spec) for spec in specs]
         told = keys if is_list else keys[0]
-        call = Call(f"push({_shown(specs)})", digest("push", *items), items, told)
+        call = Call(f"push({_shown(specs)})", digest("push", *items), items, (told, ()))
         push = Push(call, tuple(ordered), tuple(plan_buckets(ordered)))
         own: tuple[Array, ...] = ()
         if len(ordered) == len(keys) and all(k in self._own for k in keys):
@@ -1172,43 +1257,30 @@ KeyKindError, ArrayError
         return plan
 
 
-def _pushed_values(plan: _Plan, value: Any) -> list[list[Array]]:
-    """Check what is pushed, and sort it by place in the plan."""
+def _pushed_values(plan: _Plan, value: Any) -> tuple[list[list[Array]], dict[int, list[RowSparse]]]:
+    """Check what is pushed, and sort it by place in the plan: arrays, and what is rows only."""
     if not plan.is_list and builtins.type(value) is np.ndarray:
         plan.given[0].spec.check_pushed(value)
-        return [[value]]
+        return [[value]], {}
     if plan.is_in_order and plan.fits(value):
-        return [[array] for array in value]
+        return [[array] for array in value], {}
     lists = one_per_key([entry.spec.key for entry in plan.given], plan.is_list, value, "values")
-    values: list[list[Array]] = [[] for _ in plan.push.entries]
+    values: list[list[Any]] = [[] for _ in plan.push.entries]
+    has_rows = False
     for entry, place, arrays in zip(plan.given, plan.places, lists, strict=True):
         spec = entry.spec
         for given in arrays:
-            array = given if builtins.type(given) is np.ndarray else as_array(given)
+            array: Array | RowSparse
+            if builtins.type(given) is np.ndarray:
+                array = given
+            elif isinstance(given, RowSparse):
+                array, has_rows = given, True
+            else:
+                array = as_array(given)
             if array.shape != spec.shape or array.dtype is not spec.dtype:
                 spec.check_pushed(array)
             values[place].append(array)
-    return values
-
-
-def _outputs(entries: Sequence[Entry], is_list: bool, out: Any) -> list[_Output]:
-    """Check outputs, and put beside each the stored value that fills it."""
-    if not is_list and builtins.type(out) is np.ndarray and out.flags.writeable:
-        entries[0].spec.check_output(out)
-        return [(entries[0], out, None)]
-    lists = one_per_key([entry.spec.key for entry in entries], is_list, out, "outputs")
-    outputs: list[_Output] = []
-    for entry, outs in zip(entries, lists, strict=True):
-        spec = entry.spec
-        for one in outs:
-            if builtins.type(one) is np.ndarray and one.flags.writeable:
-                host, device = one, None
-            else:
-                host, device = as_output(one)
-            if host.shape != spec.shape or host.dtype is not spec.dtype:
-                spec.check_output(host)
-            outputs.append((entry, host, device))
-    return outputs
+    return by_rows.separate(values) if has_rows else (values, {})
 
 
 def _pull(plan: _Plan, out: Any) -> Any:
@@ -1220,19 +1292,8 @@ def _pull(plan: _Plan, out: Any) -> Any:
         for entry, array in zip(plan.given, out, strict=True):
             np.copyto(array, entry.value)
     else:
-        _fill(_outputs(plan.given, plan.is_list, out))
+        fill(checked_outputs(plan.given, plan.is_list, out))
     return out
-
-
-def _fill(outputs: list[_Output]) -> None:
-    for entry, host, device in outputs:
-        stored = entry.value
-        if host.dtype is stored.dtype:
-            np.copyto(host, stored)
-        else:
-            round_to(stored, host)  # the cast was checked
-        if device is not None:
-            fill_device(device, host)
 
 
 def _as_priority(priority: object) -> int:

@@ -19,9 +19,11 @@ from .optimizer.base import Optimizer
 from .optimizer.step import Factors, Step
 from .replica import Chunk, Entry
 from .schema import Key, digest
+from .sparse import Rows, RowSparse, blocks
 from .transport.contract import Sink
 
-UpdateFunction: TypeAlias = Callable[[Any, Array, Array], object]
+UpdateFunction: TypeAlias = Callable[[Any, Any, Array], object]  # key, input, stored
+RowsSink: TypeAlias = Callable[[Rows], None]
 
 
 class Updater(ABC):
@@ -33,6 +35,8 @@ class Updater(ABC):
     may_raise = False
     #: Whether a key's step depends on its whole sum, so that a bucket must not come in pieces.
     needs_whole_keys = False
+    #: Whether an update by rows is done by `begin_rows`, not by the array they stand for.
+    takes_rows = False
     #: Whether an update goes by what was agreed on, whatever the user changes meanwhile.
     keeps_settings = True
 
@@ -54,6 +58,16 @@ class Updater(ABC):
         """
 
     @abstractmethod
+    def begin_rows(self, bucket: Bucket) -> RowsSink:
+        """Begin the update of one key by a sum of rows, if the updater `takes_rows`.
+
+        Returns
+        -------
+        callable
+            Takes the sum; only once, maybe later and from another thread.
+        """
+
+    @abstractmethod
     def digest(self, buckets: Sequence[Bucket]) -> int:
         """Digest what must be equal on all ranks, before each push of these buckets."""
 
@@ -71,6 +85,10 @@ class Assign(Updater):
     """The sum replaces the value: what a store does that was given no updater."""
 
     assigns = True
+    takes_rows = True
+
+    def __init__(self) -> None:
+        self._written: dict[Key, Array] = {}  # rows that are not 0, where only rows were pushed
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
         """Do nothing."""
@@ -87,8 +105,28 @@ class Assign(Updater):
 
         return copy
 
+    def begin_rows(self, bucket: Bucket) -> RowsSink:
+        """Write the rows, and 0 elsewhere: of a second sum only where the last one wrote."""
+        entry = bucket.members[0].entry
+
+        def write(rows: Rows) -> None:
+            stored = entry.value.reshape(entry.spec.shape[0], rows.data.shape[1])
+            last = self._written.pop(entry.spec.key, None)
+            if last is None:
+                stored.fill(0)
+            else:
+                stored[last] = 0
+            stored[rows.indices] = rows.data
+            self._written[entry.spec.key] = rows.indices
+
+        return write
+
     def digest(self, buckets: Sequence[Bucket]) -> int:
-        """Give the same on every rank, always."""
+        """Give the same on every rank, always; take note of who will write whole keys."""
+        if self._written:
+            for bucket in buckets:
+                for member in () if bucket.is_sparse else bucket.members:
+                    self._written.pop(member.entry.spec.key, None)
         return 0
 
     def states(self, bucket: Bucket) -> list[Array]:
@@ -105,6 +143,7 @@ class Custom(Updater):
     """A function of the user's: ``function(key, input, stored)``."""
 
     may_raise = True
+    takes_rows = True
 
     def __init__(self, function: UpdateFunction) -> None:
         self._function = function
@@ -121,6 +160,15 @@ class Custom(Updater):
                 self._function(spec.key, total[low:high].reshape(spec.shape), entry.value)
 
         return call
+
+    def begin_rows(self, bucket: Bucket) -> RowsSink:
+        """Call the function with a `RowSparse`."""
+        entry = bucket.members[0].entry
+        spec = entry.spec
+        return lambda rows: self._call(spec.key, rows.as_row_sparse(spec.shape), entry.value)
+
+    def _call(self, key: Key, total: Array | RowSparse, stored: Array) -> None:
+        self._function(key, total, stored)
 
     def digest(self, buckets: Sequence[Bucket]) -> int:
         """Tell it from the other kinds; functions themselves cannot be compared."""
@@ -223,6 +271,27 @@ class Optimize(Updater):
                 grad = total[low - start : high - start]
                 optimizer.update_flat(segment.chunk.flat[own], grad, states, segment.step)
 
+    def begin_rows(self, bucket: Bucket) -> RowsSink:
+        """Count the update, as `begin` does; only the rows of the sum will be updated."""
+        rate, decay, num_update = self._agreed
+        self._optimizer.num_update = num_update
+        ((factors, count),) = self._rates(bucket.members)
+        step = Step(rate * factors.lr, decay * factors.wd, count, factors.adapts)
+        return partial(self._apply_rows, self._as_agreed, bucket.members[0].entry, step)
+
+    def _apply_rows(self, optimizer: Optimizer, entry: Entry, step: Step, rows: Rows) -> None:
+        """Take rows of value and states into flat arrays, update these, and put them back."""
+        width = rows.data.shape[1]
+        shape = (entry.spec.shape[0], width)
+        whole = [array.reshape(shape) for array in (entry.flat, *self.states_of(entry))]
+        for block in blocks(rows.data):
+            indices = rows.indices[block]
+            parts = [array[indices] for array in whole]
+            weight, *states = (part.reshape(-1) for part in parts)
+            optimizer.update_flat(weight, rows.data[block].reshape(-1), states, step)
+            for array, part in zip(whole, parts, strict=True):
+                array[indices] = part
+
     def digest(self, buckets: Sequence[Bucket]) -> int:
         """Digest the settings, which may be changed between pushes, and the rate of this one."""
         optimizer, counts = self._optimizer, self._counts
@@ -241,6 +310,7 @@ class Optimize(Updater):
         kept = (bool(optimizer.multi_precision), *others)
         if not self.may_raise and self._agreed_settings != kept:
             self._as_agreed, self._agreed_settings = copy(optimizer), kept
+            self.takes_rows = bool(optimizer.lazy_update)
         if self._version != optimizer.version:
             self._forget_factors()
         numbers = [rate, float(num_update), decay, *others]

@@ -64,6 +64,8 @@ class Optimizer(Settings):
         `lr_scheduler` cannot be called.
     """
 
+    #: Whether a push of rows updates these rows only, their states included.
+    lazy_update: bool = False
     #: Whether the step of a key depends on all of its elements, so that a piece is not enough.
     needs_whole_keys: ClassVar[bool] = False
 
