@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_outputs_of_pushpull_are_checked_before_anything_is_sent(kv: KVStore, co
     fixed = RowSparse(data, [4], SHAPE)
     fixed.data.flags.writeable = False
     for out, error in [(fixed, ArrayError), (out_of_range(), IndexError)]:
-        raised = raised_by_all(comm, lambda out=out: kv.pushpull("w", ONE, out=out))
+        raised = raised_by_all(comm, partial(kv.pushpull, "w", ONE, out=out))
         assert isinstance(raised, error)
     assert isinstance(raised_by_all(comm, lambda: kv.pushpull("w", fixed)), ArrayError)
     assert not kv.pull("w", ignore_sparse=False).any()

@@ -164,7 +164,8 @@ def test_keys_without_elements_and_of_one_dimension_work(
 
 
 def test_the_caller_may_change_its_rows_at_once(comm: Any) -> None:
-    for name, overlap in [("dist_sync", "always"), ("dist_async", False)]:
+    ways: list[tuple[str, bool | str]] = [("dist_sync", "always"), ("dist_async", False)]
+    for name, overlap in ways:
         with kvcoll.create(name, overlap=overlap) as kv:
             kv.init(["w", "d"], [RowSparse.empty(SHAPE, F32), np.zeros(3, F32)])
             kv.set_optimizer("sgd", learning_rate=1)
