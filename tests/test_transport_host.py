@@ -29,7 +29,8 @@ def transport(
     request: pytest.FixtureRequest, comm: MPI.Intracomm, host_of: tuple[int, ...]
 ) -> Iterator[Transport]:
     own = request.cls
-    own.world, own.groups = comm, (tuple(range(comm.size)),)
+    own.world = comm
+    own.groups = (tuple(range(comm.size)),)
     if len(set(host_of)) > 1:
         pytest.skip("ranks that are to share memory here are on several hosts")
     with pytest.MonkeyPatch.context() as patched:

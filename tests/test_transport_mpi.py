@@ -31,10 +31,9 @@ class OverMpi(TransportContract):
     @pytest.fixture
     def transport(self, comm: MPI.Intracomm, host_of: tuple[int, ...]) -> Iterator[Transport]:
         type(self).world = comm
-        type(self).groups = Topology(0, host_of).hosts
         own = mpi.duplicate(comm, 30)
-        hosts = range(comm.size) if self.alone else [0] * comm.size
-        topology = Topology(comm.rank, tuple(hosts))
+        topology = Topology(comm.rank, tuple(range(comm.size)) if self.alone else host_of)
+        type(self).groups = topology.hosts
         made = mpi.MpiTransport(
             own, topology, tree=self.tree, waiting=self.waiting, **self.settings
         )
@@ -48,7 +47,7 @@ class OverMpi(TransportContract):
 class TestMpi(OverMpi):
     """As a store uses it: small arrays in one message or two, others by segments."""
 
-    edges_bytes = ((32 << 10) // 2, (32 << 10) // 3, 128 << 10)
+    edges_bytes = ((16 << 10) // 2, (16 << 10) // 3, 128 << 10)
 
 
 class TestMpiInManyPieces(OverMpi):

@@ -171,7 +171,7 @@ class HostsTransport(Transport):
         self._run(pieces, dtype, sink)
 
     def window(self, private: Array) -> Window:
-        """Give memory that the other ranks of the host can read; see `Transport.window`."""
+        """Give memory that all ranks of the host see; see `Transport.window`."""
         row_bytes = -(-private.nbytes // _LINE_BYTES) * _LINE_BYTES
         memory = self._share(max(row_bytes * self._size, _LINE_BYTES))
         if memory is None:

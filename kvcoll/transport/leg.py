@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -198,18 +199,29 @@ class DirectLeg(Leg):
     def _exchange(
         self, received: list[tuple[int, Array]], sent: list[tuple[int, Array]], tag: int
     ) -> list[MPI.Request]:
-        """Post messages: to and from each peer its first, then its second ones."""
-        byte, step = self._byte, self.sizes.message_bytes
-        receive, send = self._comm.Irecv, self._comm.Isend
-        into = [(k, array.view(np.uint8)) for k, array in received]
-        requests = []
-        for start in range(0, max((raw.size for _, raw in into), default=0), step):
-            for k, raw in into:
-                if start < raw.size:
-                    requests.append(receive([raw[start : start + step], byte], k, tag))
-        out_of = [(k, array.view(np.uint8)) for k, array in sent]
-        for start in range(0, max((raw.size for _, raw in out_of), default=0), step):
-            for k, raw in out_of:
-                if start < raw.size:
-                    requests.append(send([raw[start : start + step], byte], k, tag))
-        return requests
+        return post(self._comm, self._byte, received, sent, tag, self.sizes.message_bytes)
+
+
+def post(
+    comm: MPI.Intracomm,
+    byte: MPI.Datatype,
+    received: Iterable[tuple[int, Array]],
+    sent: Iterable[tuple[int, Array]],
+    tag: int,
+    message_bytes: int,
+) -> list[MPI.Request]:
+    """Begin to receive and to send contiguous arrays in messages of at most `message_bytes`.
+
+    To and from every rank the first message goes first, then every second one.
+    """
+    requests = []
+    ways: list[tuple[Any, Iterable[tuple[int, Array]]]]
+    ways = [(comm.Irecv, received), (comm.Isend, sent)]
+    for start_one, arrays in ways:
+        raws = [(rank, array.view(np.uint8)) for rank, array in arrays]
+        for low in range(0, max((raw.size for _, raw in raws), default=0), message_bytes):
+            for rank, raw in raws:
+                if low < raw.size:
+                    message = [raw[low : low + message_bytes], byte]
+                    requests.append(start_one(message, rank, tag))
+    return requests

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
@@ -28,7 +27,7 @@ from .launcher import (
     name_of_library,
     say_if_alone,
 )
-from .leg import DirectLeg, Leg, LegSizes
+from .leg import DirectLeg, Leg, LegSizes, post
 from .memory import SharedMemory, share
 from .waiting import Waiting
 
@@ -39,7 +38,7 @@ _AGREE, _TEXT, _EXCHANGE = 1, 2, 5  # tags; a leg has its own
 # Measured over 1 Gbit/s with 4 hosts: few bytes are quickest in one call with everything, some
 # more in two calls by parts; from there on the wire's time is longer than Python's. Two ranks
 # send each other everything anyway, in short messages.
-SMALL_BYTES = 32 << 10
+SMALL_BYTES = 16 << 10
 _MIDDLE_BYTES = 128 << 10
 _BROADCAST_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
 
@@ -258,7 +257,6 @@ class MpiTransport(Transport):
         self._rank, self._size = topology.rank, topology.size
         self._broadcast_bytes = broadcast_bytes
         # MPI's collectives wait as MPI likes to.
-        self._patience = waiting
         self._small_bytes = small_bytes if waiting is None and self._size > 1 else 0
         self._middle_bytes = middle_bytes if waiting is None and self._size > 2 else 0
         if topology.num_hosts == 1:
@@ -309,15 +307,12 @@ class MpiTransport(Transport):
     def start_all_to_all(
         self, sent: Mapping[int, Array], received: Mapping[int, Array]
     ) -> Exchange:
-        """Begin by MPI_Irecv and MPI_Isend."""
-        comm, byte = self._comm, self._byte
-        requests = [
-            comm.Irecv([to, byte], rank, _EXCHANGE) for rank, to in received.items() if to.size
-        ]
-        for rank, message in sent.items():
-            if message.size:
-                requests.append(comm.Isend([message, byte], rank, _EXCHANGE))
-        return _Exchange(requests, self._patience)
+        """Begin by MPI_Irecv and MPI_Isend of messages as long as those of sums."""
+        message_bytes = self._leg.sizes.message_bytes
+        requests = post(
+            self._comm, self._byte, received.items(), sent.items(), _EXCHANGE, message_bytes
+        )
+        return _Exchange(requests, self._waiting)
 
     def abort(self, why: str) -> NoReturn:
         """Say why on stderr, and end the job (MPI_Abort)."""
@@ -402,16 +397,13 @@ def _in_bytes(counts: list[int], starts: list[int], itemsize: int) -> tuple[list
 
 @final
 class _Exchange(Exchange):
-    def __init__(self, requests: list[MPI.Request], waiting: Waiting | None) -> None:
+    def __init__(self, requests: list[MPI.Request], waiting: Waiting) -> None:
         self._requests, self._waiting = requests, waiting
+        self._test_all = import_mpi().Request.Testall
 
     def wait(self) -> None:
-        if not self._requests:
-            return
-        if self._waiting is None:
-            self._requests[0].Waitall(self._requests)
-        else:
-            self._waiting.until(partial(self._requests[0].Testall, self._requests))
+        self._waiting.begin()
+        self._waiting.until(lambda: bool(self._test_all(self._requests)))
 
 
 @final

@@ -34,16 +34,26 @@ class Waiting:
         After how many more to sleep again.
     nap_s : float, optional
         How long to sleep; the kernel adds some 50 microseconds.
+    yields : bool, default True
+        Whether to offer the core between looks, before the next nap. Before Python 3.12
+        a thread that does so keeps the interpreter's lock, so another one gains nothing.
     """
 
-    def __init__(self, *, looks: int = _LOOKS, again: int = 1, nap_s: float = _NAP_S) -> None:
-        self._looks, self._again, self._nap_s = looks, again, nap_s
+    def __init__(
+        self,
+        *,
+        looks: int = _LOOKS,
+        again: int = 1,
+        nap_s: float = _NAP_S,
+        yields: bool = True,
+    ) -> None:
+        self._looks, self._again, self._nap_s, self._yields = looks, again, nap_s, yields
         self._left = looks
 
     @classmethod
     def patient(cls) -> Waiting:
         """Give one that sleeps soon, so that the core is another thread's."""
-        return cls(looks=_PATIENT_LOOKS, again=_PATIENT_LOOKS, nap_s=_PATIENT_NAP_S)
+        return cls(looks=_PATIENT_LOOKS, again=_PATIENT_LOOKS, nap_s=_PATIENT_NAP_S, yields=False)
 
     @classmethod
     def restless(cls) -> Waiting:
@@ -58,7 +68,8 @@ class Waiting:
         """Pass the time after a look in vain."""
         self._left -= 1
         if self._left > 0:
-            os.sched_yield()
+            if self._yields:
+                os.sched_yield()
         else:
             self._left = self._again
             time.sleep(self._nap_s)
