@@ -38,7 +38,7 @@ from mpi4py import MPI
 
 import kvcoll
 
-CASES = ("barrier", "sizes", "keys", "resnet50", "memory")
+CASES = ("barrier", "sizes", "keys", "resnet50", "overlap", "memory")
 SIZES = (1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000, 4_000_000, 10_000_000, 64_000_000)
 QUICK_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
 PACE = Pace(sample_s=0.02, budget_s=8.0, least_rounds=11, most_rounds=61)
@@ -105,6 +105,8 @@ def chosen(args: argparse.Namespace, cases: Cases) -> Iterator[MakeCase]:
         yield cases.hundred_keys
     if "resnet50" in args.cases:
         yield cases.resnet50
+    if "overlap" in args.cases:
+        yield cases.overlap
 
 
 def parse_args(comm: MPI.Intracomm) -> argparse.Namespace:

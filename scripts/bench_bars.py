@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench_cases import HUNDRED, IN_PLACE, OWN, PLAIN, SMALL_KEY
+from bench_cases import (
+    HUNDRED,
+    IN_PLACE,
+    OWN,
+    OWN_REPRODUCIBLE,
+    PLAIN,
+    REPRODUCIBLE,
+    SMALL_KEY,
+)
 from bench_clock import Result
 from bench_memory import Memory
+from bench_overlap import ALONE, COMPUTE, IN_LINE, OVERLAPPED, hidden
 
 _MIB = 2**20
 
@@ -95,6 +104,7 @@ def bars_of(
         bars += [*_large(medians), *_resnet50(medians), *_small(medians), *_mxnet(medians)]
     if hosts > 1 and link_mbit is not None:
         bars += _wire(medians, hosts, link_mbit)
+    bars += [*_reproducible(medians), *_overlap(medians, hosts)]
     for one in memory:
         bars.append(Bar("P9", f"memory, {one.way}", "MiB", one.beyond_bytes / _MIB, 64))
     return bars
@@ -131,6 +141,26 @@ def _small(medians: _Medians) -> Iterator[Bar]:
     if ours is not None and raw is not None:
         what = f"1 key of {SMALL_KEY:,}: {PLAIN}, beyond raw MPI_Allreduce"
         yield Bar("latency", what, "us", (ours - raw) * 1e6, 30)
+
+
+def _reproducible(medians: _Medians) -> Iterator[Bar]:
+    for n in medians.sizes("key"):
+        for way, default in ((REPRODUCIBLE, PLAIN), (OWN_REPRODUCIBLE, OWN)):
+            ours, theirs = medians.of("key", n, way), medians.of("key", n, default)
+            if ours is not None and theirs is not None:
+                yield Bar("tree", f"1 key of {n:,}: {way} / {default}", "x", ours / theirs, 1.15)
+
+
+def _overlap(medians: _Medians, hosts: int) -> Iterator[Bar]:
+    for n in medians.sizes("overlap"):
+        times = [medians.of("overlap", n, way) for way in (ALONE, COMPUTE, IN_LINE, OVERLAPPED)]
+        alone_s, compute_s, in_line_s, overlapped_s = (time or 0.0 for time in times)
+        if hosts > 1:
+            share = hidden(alone_s, compute_s, overlapped_s)
+            what = f"1 key of {n:,}: communication hidden behind as much computing"
+            yield Bar("P7", what, "x", share, 0.8, True)
+        what = f"1 key of {n:,}: {OVERLAPPED} / {IN_LINE}"
+        yield Bar("P7", what, "x", overlapped_s / in_line_s, 1.02)
 
 
 def _mxnet(medians: _Medians) -> Iterator[Bar]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import numpy as np
 from bench_clock import Job, OwnWay, PeerWay, Way
+from bench_overlap import overlap
 from bench_peer import Peer
 from numpy.typing import NDArray
 
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 Floats: TypeAlias = NDArray[np.float32]
 
 PLAIN, OWN = "kvcoll", "kvcoll, own arrays and views"
+REPRODUCIBLE, OWN_REPRODUCIBLE = f"{PLAIN}, reproducible", f"{OWN}, reproducible"
+LARGE = 4_000_000  # elements, from which on reproducible sums are held to a bar
 IN_PLACE = "MPI_Allreduce in place"
 HUNDRED, SMALL_KEY = 100, 1000
+OVERLAP_ELEMENTS = 10_000_000
 LEARNING_RATE, MOMENTUM = 0.1, 0.9
 # MXNet is asked where the bars ask for it: its servers keep every key that they ever saw.
 MXNET_SIZES = (1_000, 10_000_000)
@@ -74,6 +78,9 @@ class Cases:
     def key(self, stack: ExitStack, n: int) -> tuple[Job, list[Way]]:
         """Push and pull of one key."""
         ways: list[Way] = [self._plain_key(stack, n), self._own_key(stack, n)]
+        if n >= LARGE:
+            ways.append(self._plain_key(stack, n, reproducible=True))
+            ways.append(self._own_key(stack, n, reproducible=True))
         buffer = _full(n, 0)
         ways.append(OwnWay(IN_PLACE, "raw", lambda: self._all_reduce(buffer)))
         ways += self._key_by_hand(n)
@@ -156,20 +163,27 @@ class Cases:
         title = f"ResNet-50, {len(shapes)} keys, SGD"
         return Job("resnet50", title, len(shapes), sum(p.size for p in params)), ways
 
-    def _plain_key(self, stack: ExitStack, n: int) -> Way:
-        kv, value, out = self._store(stack), _full(n, self._mine), _full(n, 0)
+    def overlap(self, stack: ExitStack, n: int = OVERLAP_ELEMENTS) -> tuple[Job, list[Way]]:
+        """Push and pull beside computing."""
+        return overlap(self._comm, stack, n)
+
+    def _plain_key(self, stack: ExitStack, n: int, *, reproducible: bool = False) -> Way:
+        kv = self._store(stack, reproducible=reproducible)
+        value, out = _full(n, self._mine), _full(n, 0)
         kv.init("w", out)
 
         def call() -> None:
             kv.push("w", value)
             kv.pull("w", out=out)
 
-        return OwnWay(PLAIN, "kvcoll", call, self._all_hold([out], self._total))
+        name = REPRODUCIBLE if reproducible else PLAIN
+        return OwnWay(name, "kvcoll", call, self._all_hold([out], self._total))
 
-    def _own_key(self, stack: ExitStack, n: int) -> Way:
-        kv = self._store(stack)
+    def _own_key(self, stack: ExitStack, n: int, *, reproducible: bool = False) -> Way:
+        kv = self._store(stack, reproducible=reproducible)
         [own], views = self._own_arrays(kv, ["w"], [_full(n, 0)])
-        return OwnWay(OWN, "kvcoll", lambda: kv.push("w", own), self._all_hold(views, self._total))
+        name = OWN_REPRODUCIBLE if reproducible else OWN
+        return OwnWay(name, "kvcoll", lambda: kv.push("w", own), self._all_hold(views, self._total))
 
     def _key_by_hand(self, n: int) -> list[Way]:
         """Do what the store does, in the two ways in which one would write it."""
@@ -222,8 +236,9 @@ class Cases:
             OwnWay("pack, MPI_Allreduce, unpack, NumPy SGD", "by hand", packs),
         ]
 
-    def _store(self, stack: ExitStack) -> kvcoll.KVStore:
-        return stack.enter_context(kvcoll.create("dist_sync", comm=self._comm))
+    def _store(self, stack: ExitStack, *, reproducible: bool = False) -> kvcoll.KVStore:
+        store = kvcoll.create("dist_sync", comm=self._comm, reproducible=reproducible)
+        return stack.enter_context(store)
 
     def _own_arrays(
         self, kv: kvcoll.KVStore, keys: list[str], values: list[Floats]

@@ -17,9 +17,10 @@ import kvcoll
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from bench_bars import Bar, bars_of
-from bench_cases import IN_PLACE, OWN, PLAIN, resnet50_shapes
+from bench_cases import IN_PLACE, OWN, PLAIN, REPRODUCIBLE, resnet50_shapes
 from bench_clock import Job, Result
 from bench_memory import Memory
+from bench_overlap import ALONE, COMPUTE, IN_LINE, OVERLAPPED
 from bench_report import ratios, show_s
 
 pytest.importorskip("matplotlib", reason="scripts/bench.py needs the extra bench")
@@ -164,3 +165,29 @@ def test_the_wire_is_held_against_its_floor_and_the_bars_of_one_machine_are_not(
 )
 def test_times_are_shown_with_three_digits(seconds: float, shown: str) -> None:
     assert show_s(seconds) == shown
+
+
+def test_what_overlap_hides_and_what_reproducible_costs_are_held_to_their_bars() -> None:
+    n = 10_000_000
+    results = [
+        result("overlap", n, ALONE, "kvcoll", 0.2),
+        result("overlap", n, COMPUTE, "kvcoll", 0.2),
+        result("overlap", n, IN_LINE, "kvcoll", 0.4),
+        result("overlap", n, OVERLAPPED, "kvcoll", 0.23),
+        result("key", n, PLAIN, "kvcoll", 0.1),
+        result("key", n, REPRODUCIBLE, "kvcoll", 0.12),
+    ]
+    bars = bars_of(results, [], ranks=2, hosts=2, link_mbit=None)
+    assert [(bar.name, bar.met) for bar in bars] == [("tree", False), ("P7", True), ("P7", True)]
+    assert [bar.value for bar in bars] == pytest.approx([1.2, 0.85, 0.575])
+    on_one_host = bars_of(results, [], ranks=4, hosts=1, link_mbit=None)
+    assert [bar.name for bar in on_one_host] == ["tree", "P7"]
+
+
+def test_a_step_beside_computing_is_measured_in_all_its_ways(mpirun: Start, tmp_path: Path) -> None:
+    options = ("--quick", "--cases", "overlap", "--no-plots", "--out", tmp_path)
+    job = mpirun(2, SCRIPT, *options, env=ENVIRONMENT)
+    assert job.returncode == 0, job.stderr
+    written = json.loads((tmp_path / "bench.json").read_text())
+    ways = [ALONE, COMPUTE, IN_LINE, OVERLAPPED]
+    assert [one["way"] for one in written["results"]] == ways
