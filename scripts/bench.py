@@ -29,16 +29,17 @@ from typing import TypeAlias
 import mpi4py
 import numpy as np
 from bench_bars import bars_of
-from bench_cases import Cases
+from bench_cases import OVERLAP_ELEMENTS, Cases
 from bench_clock import Job, Pace, Result, Way, compare
 from bench_memory import measure
 from bench_peer import Peer, PeerError
 from bench_report import Setting, as_json, bar_rows, header, machine, rows
+from bench_wire import measure_wire
 from mpi4py import MPI
 
 import kvcoll
 
-CASES = ("barrier", "sizes", "keys", "resnet50", "overlap", "memory")
+CASES = ("barrier", "sizes", "keys", "resnet50", "overlap", "memory", "wire")
 SIZES = (1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000, 4_000_000, 10_000_000, 64_000_000)
 QUICK_SIZES = (1_000, 64_000, 1_000_000, 10_000_000)
 PACE = Pace(sample_s=0.02, budget_s=8.0, least_rounds=11, most_rounds=61)
@@ -65,6 +66,7 @@ def main() -> int:
 def run(comm: MPI.Intracomm, args: argparse.Namespace, hosts: int, stack: ExitStack) -> None:
     """Measure, print, write."""
     memory = measure(comm) if "memory" in args.cases else []
+    wire = measure_wire(comm, OVERLAP_ELEMENTS) if "wire" in args.cases and hosts > 1 else []
     torch = mxnet = None
     if args.torch:
         torch = stack.enter_context(Peer(comm, args.torch, "bench_torch.py"))
@@ -81,12 +83,14 @@ def run(comm: MPI.Intracomm, args: argparse.Namespace, hosts: int, stack: ExitSt
         say(comm, rows(new, comm.size, hosts) + "\n")
         results += new
     if comm.rank == 0:
-        bars = bars_of(results, memory, ranks=comm.size, hosts=hosts, link_mbit=args.link_mbit)
+        bars = bars_of(
+            results, memory, wire, ranks=comm.size, hosts=hosts, link_mbit=args.link_mbit
+        )
         print("\n".join(bar_rows(bars, memory)))
         setting = setting_of(comm, args, hosts, torch, mxnet)
         args.out.mkdir(parents=True, exist_ok=True)
         with (args.out / "bench.json").open("w") as file:
-            json.dump(as_json(setting, results, bars, memory), file, indent=1)
+            json.dump(as_json(setting, results, bars, memory, wire), file, indent=1)
         if not args.no_plots:
             from bench_plot import draw
 

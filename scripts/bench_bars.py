@@ -21,6 +21,7 @@ from bench_cases import (
 from bench_clock import Result
 from bench_memory import Memory
 from bench_overlap import ALONE, COMPUTE, IN_LINE, OVERLAPPED, hidden
+from bench_wire import FLOAT32, Wire
 
 _MIB = 2**20
 
@@ -83,6 +84,7 @@ class _Medians:
 def bars_of(
     results: Sequence[Result],
     memory: Sequence[Memory],
+    wire: Sequence[Wire] = (),
     *,
     ranks: int,
     hosts: int,
@@ -94,6 +96,7 @@ def bars_of(
     ----------
     results : sequence of Result
     memory : sequence of Memory
+    wire : sequence of Wire
     ranks, hosts : int
     link_mbit : float or None
         What a host's link carries in each direction, in Mbit/s.
@@ -105,6 +108,7 @@ def bars_of(
     if hosts > 1 and link_mbit is not None:
         bars += _wire(medians, hosts, link_mbit)
     bars += [*_reproducible(medians), *_overlap(medians, hosts)]
+    bars += _bytes_sent(wire, ranks, hosts)
     for one in memory:
         bars.append(Bar("P9", f"memory, {one.way}", "MiB", one.beyond_bytes / _MIB, 64))
     return bars
@@ -161,6 +165,18 @@ def _overlap(medians: _Medians, hosts: int) -> Iterator[Bar]:
             yield Bar("P7", what, "x", share, 0.8, True)
         what = f"1 key of {n:,}: {OVERLAPPED} / {IN_LINE}"
         yield Bar("P7", what, "x", overlapped_s / in_line_s, 1.02)
+
+
+def _bytes_sent(wire: Sequence[Wire], ranks: int, hosts: int) -> Iterator[Bar]:
+    sent = {one.way: one.sent_bytes for one in wire}
+    if FLOAT32 not in sent:
+        return
+    floor = 2 * (hosts - 1) / hosts * 4 * wire[0].n_elements
+    yield Bar("P8", "bytes on the wire: float32 / the floor", "x", sent[FLOAT32] / floor, 1.05)
+    if ranks == hosts == 2:
+        for way, limit in (("fp16", 0.53), ("bf16", 0.53), ("2bit", 0.07)):
+            what = f"bytes on the wire: {way} / float32"
+            yield Bar("P8", what, "x", sent[way] / sent[FLOAT32], limit)
 
 
 def _mxnet(medians: _Medians) -> Iterator[Bar]:

@@ -12,6 +12,7 @@ from typing import Any
 from bench_bars import Bar
 from bench_clock import Result
 from bench_memory import Memory
+from bench_wire import Wire
 
 PEER_ROLES = ("raw", "by hand", "torch", "MXNet")
 _COLUMNS = (
@@ -107,6 +108,7 @@ def as_json(
     results: Sequence[Result],
     bars: Sequence[Bar],
     memory: Sequence[Memory],
+    wire: Sequence[Wire] = (),
 ) -> dict[str, Any]:
     """Give everything that was measured, as JSON takes it."""
     return {
@@ -114,6 +116,7 @@ def as_json(
         "machine": machine(),
         "results": [_result_as_json(r, results, setting) for r in results],
         "bars": [asdict(bar) | {"met": bar.met, "margin": bar.margin} for bar in bars],
+        "wire": [asdict(one) for one in wire],
         "memory": [asdict(one) | {"beyond_bytes": one.beyond_bytes} for one in memory],
     }
 

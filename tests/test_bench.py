@@ -22,6 +22,7 @@ from bench_clock import Job, Result
 from bench_memory import Memory
 from bench_overlap import ALONE, COMPUTE, IN_LINE, OVERLAPPED
 from bench_report import ratios, show_s
+from bench_wire import Wire
 
 pytest.importorskip("matplotlib", reason="scripts/bench.py needs the extra bench")
 pytestmark = pytest.mark.single
@@ -191,3 +192,13 @@ def test_a_step_beside_computing_is_measured_in_all_its_ways(mpirun: Start, tmp_
     written = json.loads((tmp_path / "bench.json").read_text())
     ways = [ALONE, COMPUTE, IN_LINE, OVERLAPPED]
     assert [one["way"] for one in written["results"]] == ways
+
+
+def test_bytes_on_the_wire_are_held_to_the_floor_and_to_float32() -> None:
+    sent = {"float32": 20.8e6, "fp16": 10.4e6, "bf16": 12.48e6, "2bit": 1.248e6, "1bit": 1e6}
+    wire = [Wire(way, 5_000_000, n_bytes) for way, n_bytes in sent.items()]
+    bars = bars_of([], [], wire, ranks=2, hosts=2, link_mbit=None)
+    assert [bar.met for bar in bars] == [True, True, False, True]
+    assert [bar.value for bar in bars] == pytest.approx([1.04, 0.5, 0.6, 0.06])
+    more_ranks = bars_of([], [], wire, ranks=4, hosts=2, link_mbit=None)
+    assert [bar.name for bar in more_ranks] == ["P8"]
