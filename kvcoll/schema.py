@@ -65,9 +65,14 @@ class Spec:
             n *= extent
         return n
 
-    def __str__(self) -> str:
+    @property
+    def held(self) -> str:
+        """What the value is, for messages."""
         kind = "row-sparse " if self.row_sparse else ""
-        return f"key {self.key!r} holds {kind}{signature(self.shape, self.dtype)}"
+        return f"{kind}{signature(self.shape, self.dtype)}"
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} holds {self.held}"
 
     def check_pushed(self, array: Shaped, verb: str = "pushed") -> None:
         """Raise unless `array` may be summed into this key's value."""

@@ -879,7 +879,7 @@ KeyKindError, ArrayError
             there is one; it is not taken without a word.
         CheckpointMismatchError
             The store has keys, and they are not those of the checkpoint, with their shapes
-            and dtypes; or its updater is of another kind.
+            and dtypes, row-sparse or dense; or its updater is of another kind.
         StatesMismatchError
             As for `load_optimizer_states`.
 

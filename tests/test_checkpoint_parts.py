@@ -163,6 +163,34 @@ def test_a_forged_manifest_is_an_error_and_nothing_else(tmp_path: Path, number: 
             empty.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("row_sparse", "why"),
+    [
+        (None, "a list is none"),
+        ([0, 1], "a list of bools is none"),
+        ("no", "a list is none"),
+        ([False], "it does not say of each key whether it is row-sparse"),
+        ([False] * 3, "it does not say of each key whether it is row-sparse"),
+        ([True, True], "'value:b' is row-sparse, but has no rows"),
+    ],
+)
+def test_what_is_said_of_row_sparse_keys_is_believed_in_nothing_either(
+    tmp_path: Path, row_sparse: Any, why: str
+) -> None:
+    with kvcoll.create("local") as kv, kvcoll.create("local") as empty:
+        kv.init(["a", "b"], [np.ones(4), np.array(1.0)])
+        kv.save(tmp_path)
+        forged(tmp_path, lambda m: m.update(row_sparse=row_sparse))
+        for load in (kv.load, empty.load, kvcoll.load):
+            with pytest.raises(FileFormatError) as raised:
+                load(tmp_path)
+            assert str(raised.value).endswith(f"is not a sound checkpoint: {why}")
+        forged(tmp_path, lambda m: m.pop("row_sparse"))
+        with pytest.raises(FileFormatError, match="its manifest does not say 'row_sparse'"):
+            empty.load(tmp_path)
+        empty.init("a", np.ones(1))  # which nothing was loaded into
+
+
 def test_a_manifest_that_is_not_changed_is_read_as_ever(tmp_path: Path) -> None:
     with kvcoll.create("local") as kv:
         kv.init("a", np.arange(4.0))

@@ -246,6 +246,7 @@ class Checkpoints:
             about=dict(own.about),
             compression=None if own.compression is None else dict(own.compression),
             keys=content.keys,
+            row_sparse=content.row_sparse,
             arrays=content.arrays,
             optimizer=content.optimizer,
             metadata=metadata,

@@ -56,6 +56,7 @@ class Content(NamedTuple):
     """Arrays to be saved, the same on all ranks, and what the manifest says of them."""
 
     keys: tuple[Key, ...]
+    row_sparse: tuple[bool, ...]  # by key
     arrays: tuple[Kept, ...]
     flat: dict[str, Array]
     optimizer: dict[str, str] | None
@@ -78,7 +79,8 @@ def content_of(contents: Contents) -> Content:
             arrays.append(Kept(name, state.dtype, state.shape))
             flat[name] = state.reshape(-1)
     keys = tuple(entry.spec.key for entry in entries)
-    return Content(keys, tuple(arrays), flat, optimizer)
+    row_sparse = tuple(entry.spec.row_sparse for entry in entries)
+    return Content(keys, row_sparse, tuple(arrays), flat, optimizer)
 
 
 def own_of(contents: Contents) -> list[Kept]:

@@ -12,9 +12,11 @@ from typing import final
 import numpy as np
 
 from .. import states
-from ..arrays import Array, signature
+from ..arrays import Array
 from ..compression import Compression, parse
 from ..errors import CheckpointMismatchError
+from ..schema import Spec
+from ..sparse import RowSparse
 from ..transport.contract import Transport
 from ..updater import Assign, Optimize, Updater
 from . import memory
@@ -54,10 +56,16 @@ class Loading:
         self._rank, self._size = transport.topology.rank, transport.topology.size
 
     @property
-    def first_values(self) -> list[Array]:
-        """Zeros of the values' shapes and dtypes, for `init`; they take no memory."""
-        arrays = self.manifest.arrays[: len(self.manifest.keys)]
-        return [np.broadcast_to(np.zeros((), kept.dtype), kept.shape) for kept in arrays]
+    def first_values(self) -> list[Array | RowSparse]:
+        """Zeros of the values' kinds, shapes and dtypes, for `init`; they take no memory."""
+        return [
+            RowSparse.empty(kept.shape, kept.dtype)
+            if row_sparse
+            else np.broadcast_to(np.zeros((), kept.dtype), kept.shape)
+            for kept, row_sparse in zip(
+                self.manifest.arrays, self.manifest.row_sparse, strict=False
+            )
+        ]
 
     def read(self, contents: Contents, *, in_place: bool) -> Loaded:
         """Read all of it, on all ranks; the store's values change only if `in_place`.
@@ -172,16 +180,17 @@ def check_keys(folder: str, manifest: Manifest, contents: Contents) -> None:
     if not entries:
         return
     cure = "load it into an empty store, or take single values from kvcoll.load"
-    for key, kept in zip(manifest.keys, manifest.arrays, strict=False):
+    for key, row_sparse, kept in zip(
+        manifest.keys, manifest.row_sparse, manifest.arrays, strict=False
+    ):
         if key not in entries:
             raise CheckpointMismatchError(
                 f"{folder!r} holds key {key!r}, which is not in the store: {cure}"
             )
         spec = entries[key].spec
-        if (spec.shape, spec.dtype) != (kept.shape, kept.dtype):
-            raise CheckpointMismatchError(
-                f"{spec}, in {folder!r} it held {signature(kept.shape, kept.dtype)}: {cure}"
-            )
+        saved = Spec(key, kept.shape, kept.dtype, spec.order, row_sparse)
+        if spec != saved:
+            raise CheckpointMismatchError(f"{spec}, in {folder!r} it held {saved.held}: {cure}")
     for key in entries:
         if key not in set(manifest.keys):
             raise CheckpointMismatchError(f"key {key!r} of the store is not in {folder!r}: {cure}")

@@ -66,6 +66,8 @@ class Manifest:
         See `Contents`.
     keys : tuple of int or of str
         In the order of `init`.
+    row_sparse : tuple of bool
+        Which of them are row-sparse keys.
     arrays : tuple of Kept
         All that is the same on all ranks; the keys' values first, in their order.
     optimizer : dict of str to str, or None
@@ -86,6 +88,7 @@ class Manifest:
     about: dict[str, str]
     compression: dict[str, Any] | None
     keys: tuple[Key, ...]
+    row_sparse: tuple[bool, ...]
     arrays: tuple[Kept, ...]
     optimizer: dict[str, str] | None
     metadata: Any
@@ -109,6 +112,7 @@ def encode(manifest: Manifest) -> bytes:
         "metadata": manifest.metadata,
         "rank_metadata": manifest.rank_metadata,
         "keys": manifest.keys,
+        "row_sparse": manifest.row_sparse,
         "arrays": _plain(manifest.arrays),
         "optimizer": manifest.optimizer,
         "rank_arrays": [_plain(arrays) for arrays in manifest.rank_arrays],
@@ -173,6 +177,7 @@ class _Parser:
                 self._texts(content["about"]),
                 self._compression(content["compression"]),
                 keys,
+                self._bools(content["row_sparse"]),
                 arrays,
                 None if content["optimizer"] is None else self._texts(content["optimizer"]),
                 content["metadata"],
@@ -191,6 +196,11 @@ class _Parser:
         names = [f"value:{key}" for key in made.keys]
         if [array.name for array in made.arrays[: len(names)]] != names:
             self._refuse("its arrays are not those of its keys")
+        if len(made.row_sparse) != len(made.keys):
+            self._refuse("it does not say of each key whether it is row-sparse")
+        for array, row_sparse in zip(made.arrays, made.row_sparse, strict=False):
+            if row_sparse and not array.shape:
+                self._refuse(f"{array.name!r} is row-sparse, but has no rows")
         if not 1 <= made.num_workers <= _MOST_RANKS:
             self._refuse("its number of ranks is none")
         if len(made.rank_metadata) != made.num_workers:
@@ -277,6 +287,11 @@ class _Parser:
         if type(listed) is not list:
             self._refuse("a list is none")
         return listed
+
+    def _bools(self, listed: Any) -> tuple[bool, ...]:
+        if not all(type(item) is bool for item in self._list(listed)):
+            self._refuse("a list of bools is none")
+        return tuple(listed)
 
     def _whole(self, number: Any) -> int:
         if type(number) is not int or not 0 <= number <= _LARGEST:

@@ -75,7 +75,7 @@ def load(path: Any) -> tuple[dict[Key, Array], Checkpoint]:
     Returns
     -------
     values : dict of key to numpy.ndarray
-        In the order of `KVStore.init`.
+        In the order of `KVStore.init`. Dense arrays for all keys, row-sparse ones, too.
     checkpoint : Checkpoint
 
     Raises
