@@ -1,0 +1,1 @@
+"""Finds out why a job does not run, or runs slowly, and says what to do about it."""
