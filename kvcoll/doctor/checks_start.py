@@ -64,8 +64,8 @@ def _failed(what: str, seen: Seen) -> Finding:
         "examination",
         what,
         f"nothing after it could be examined.{where}",
-        "cure what else is found here first. If nothing is, see whether the MPI itself runs, by the "
-        "same launcher: python -m mpi4py.bench helloworld",
+        "cure what else is found here first. If nothing is, see whether the MPI itself runs, by "
+        "the same launcher: python -m mpi4py.bench helloworld",
     )
 
 

@@ -41,6 +41,11 @@ class Notes:
         name = hashlib.blake2b(job.encode(), digest_size=8).hexdigest()
         self._folder = root / f"{_PREFIX}{name}" if job else None
 
+    @property
+    def are_lost(self) -> bool:
+        """Whether rank 0 cannot be left a note."""
+        return self._folder is None
+
     def leave(self, facts: Facts) -> None:
         """Write this rank's note, in place of an earlier one."""
         if self._folder is None:
@@ -70,14 +75,14 @@ class Notes:
         return found
 
     def remove(self, rank: int) -> None:
-        """Take this rank's note away, and the folder with the last; rank 0 takes old ones, too."""
+        """Take this rank's note away; rank 0 takes all, and those that old jobs have left."""
         if self._folder is None:
             return
         with contextlib.suppress(OSError):
             (self._folder / f"{rank}.json").unlink()
-        with contextlib.suppress(OSError):
             self._folder.rmdir()
         if rank == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
             for path in self._folder.parent.glob(f"{_PREFIX}*"):
                 with contextlib.suppress(OSError):
                     if time.time() - path.stat().st_mtime > _OLD_S:

@@ -116,9 +116,7 @@ def _push(seen: Seen) -> list[str]:
         return []
     n_bytes = told["n_bytes"]
     share = FULL_BYTES / n_bytes
-    about = (
-        "" if share == 1 else f" (of {n_bytes / 1e6:.0f} MB, as memory is short; times {share:.0f})"
-    )
+    about = "" if share == 1 else f" (of {n_bytes / 1e6:.0f} MB, times {share:.1f})"
     floor_s = push_floor_s(seen, FULL_BYTES)
     floor = f"; the slowest link allows {milli(floor_s)}" if floor_s else ""
     large = (

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
-_FIRST_LINES, _LAST_LINES = 7, 4
+_FIRST_LINES, _LAST_LINES = 9, 3
 # What a launcher tells its ranks; who inherits it takes itself for one of them.
 _OF_A_LAUNCHER = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", "MPI_LOCAL", "PALS_", "MV2_COMM_")
 _OF_THE_USER = ("OMPI_MCA_", "OMPI_ALLOW_", "PMIX_MCA_", "PRTE_MCA_")

@@ -41,7 +41,7 @@ def main(descriptor: str) -> None:
         library = mpi.import_mpi()
         facts = dataclasses.replace(
             facts,
-            library=library.Get_library_version(),
+            library=library.Get_library_version().strip("\0"),
             mpi_rank=library.COMM_WORLD.rank,
             mpi_size=library.COMM_WORLD.size,
             threads=_THREADS[sorted(_levels(library)).index(library.Query_thread())],

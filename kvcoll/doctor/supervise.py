@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import IO, Any, final
 
@@ -32,6 +33,7 @@ _FOR_NOTES_S = 1.5
 # Rank 0 is to print before another rank's end takes it along.
 _LATER_S, _LAST_WORDS_S = 10.0, 2.0
 _TO_FINISH_S = 5.0
+_LOOKS_EVERY_S = 0.5
 
 
 class _EndedError(Exception):
@@ -71,7 +73,10 @@ def examine(limit_s: float, *, quick: bool, show: Callable[[Seen, list[Finding]]
                 seen.facts = notes.wait(place.size, _FOR_NOTES_S) | seen.facts
             if not _stopped(seen):
                 rank = _RankProcess(own, limit_s, quick=quick)
-                for told in rank.tells(limit_s + (_LATER_S if place.rank else 0.0)):
+                later_s = _LATER_S if place.rank else 0.0
+                for told in rank.tells(
+                    limit_s + later_s, partial(_another_failed, notes, place.rank)
+                ):
                     seen.take(told)
                 _judge(seen, rank)
         except _EndedError:
@@ -82,9 +87,9 @@ def examine(limit_s: float, *, quick: bool, show: Callable[[Seen, list[Finding]]
             return _end_as_other(seen, notes, place.rank)
         return _end_as_first(seen, notes, show)
     finally:
-        if rank is not None:
-            rank.finish(_TO_FINISH_S if not seen.failure else 0.0)
         notes.remove(place.rank)
+        if rank is not None:
+            rank.finish(_TO_FINISH_S if rank.is_done else 0.0)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -104,9 +109,14 @@ def _stopped(seen: Seen) -> bool:
     return any(one.stops for one in found)
 
 
+def _another_failed(notes: Notes, rank: int) -> bool:
+    """Say on rank 0 whether another rank has left a note that it cannot go on."""
+    return rank == 0 and any(one.failure for one in notes.read().values())
+
+
 def _judge(seen: Seen, rank: _RankProcess) -> None:
     """Say why the child has told no more."""
-    if rank.is_done or seen.failure:
+    if rank.is_done or rank.is_given_up or seen.failure:
         return
     if rank.is_late:
         seen.failure = f"nothing came of {seen.at} within {seen.limit_s:g} s"
@@ -116,8 +126,8 @@ def _judge(seen: Seen, rank: _RankProcess) -> None:
 
 def _end_as_first(seen: Seen, notes: Notes, show: Callable[[Seen, list[Finding]], None]) -> int:
     """Print the page, if need be with what the others have left in their notes."""
-    if seen.failure:
-        noted = notes.read()
+    noted = notes.read()
+    if seen.failure or any(one.failure for one in noted.values()):
         seen.facts = noted | seen.facts
         for rank, one in noted.items():
             if one.failure or one.trial:
@@ -141,7 +151,10 @@ def _end_as_other(seen: Seen, notes: Notes, rank: int) -> int:
     notes.leave(dataclasses.replace(own, failure=why))
     with contextlib.suppress(_EndedError):
         time.sleep(_LAST_WORDS_S)
-    print(f"kvcoll doctor: rank {rank} on {own.host}: {_first_line(why)}", file=sys.stderr)
+    print(
+        f"kvcoll doctor: rank {rank} on {own.host}: {why if notes.are_lost else _first_line(why)}",
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -154,7 +167,7 @@ class _RankProcess:
     """The child that starts MPI; see `ranks`."""
 
     def __init__(self, facts: Facts, limit_s: float, *, quick: bool) -> None:
-        self.is_done = self.is_late = False
+        self.is_done = self.is_late = self.is_given_up = False
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in finish)
         self._told, descriptor = os.pipe()
         os.set_inheritable(descriptor, True)
@@ -171,13 +184,18 @@ class _RankProcess:
         self._process.stdin.write(json.dumps(given).encode() + b"\n")
         self._process.stdin.flush()
 
-    def tells(self, limit_s: float) -> Iterator[dict[str, Any]]:
-        """Give what it tells until it is done, ends, or tells nothing for so long."""
-        rest = b""
+    def tells(self, limit_s: float, give_up: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Give what it tells until it is done, ends, is given up, or tells nothing for so long."""
+        rest, last_s = b"", time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._told, selectors.EVENT_READ)
-            while selector.select(limit_s):
-                data = os.read(self._told, 1 << 16)
+            while time.monotonic() < last_s + limit_s:
+                if not selector.select(min(_LOOKS_EVERY_S, limit_s)):
+                    self.is_given_up = give_up()
+                    if self.is_given_up:
+                        return
+                    continue
+                data, last_s = os.read(self._told, 1 << 16), time.monotonic()
                 if not data:
                     return
                 *lines, rest = (rest + data).split(b"\n")

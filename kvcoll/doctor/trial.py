@@ -22,7 +22,7 @@ def main(how: str) -> None:
     except KVCollError as error:
         print(json.dumps({"error": str(error)}))
         return
-    told = {"library": mpi.Get_library_version(), "libmpi": loaded_file()}
+    told = {"library": mpi.Get_library_version().strip("\0"), "libmpi": loaded_file()}
     if how == "start":
         mpi.Init_thread()
         mpi.Finalize()
