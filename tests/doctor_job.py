@@ -32,7 +32,8 @@ class Examined(NamedTuple):
         """Return the one finding about something."""
         those = [one for one in self.told["findings"] if one["about"] == about]
         assert len(those) == 1, (about, self.told["findings"])
-        return those[0]
+        one: dict[str, Any] = those[0]
+        return one
 
     def levels(self) -> dict[str, str]:
         """Return the worst level that each thing has."""

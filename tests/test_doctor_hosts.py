@@ -62,7 +62,7 @@ def test_the_page_tells_each_link_and_what_it_allows(hosts: Hosts) -> None:
     assert found, job
     assert all(400 < int(rate) <= 850 for rate in found.groups())
     # 100 MB, half of it once as parts and once as sums, at most 800 Mbit/s.
-    assert re.search(r"push of 100 MB .*; the slowest link allows (1\.\d|\d) s", job.stdout), job
+    assert re.search(r"the slowest link between hosts allows (1\.\d|\d) s", job.stdout), job
     assert max(map(len, job.stdout.splitlines())) <= 100
 
 
@@ -75,7 +75,7 @@ def test_a_link_that_is_slower_one_way_is_found(hosts: Hosts) -> None:
         hosts.on("kv2", "tc", "qdisc", "del", "dev", "eth0", "root")
     (found,) = about(examined, "links")
     assert found["level"] == "problem"
-    assert re.match(r"kv2 to kv1 carries 1\d(\.\d)? Mbit/s, kv1 to kv2 \d", found["what"])
+    assert re.match(r"kv2 to kv1 carries [12]\d(\.\d)? Mbit/s, kv1 to kv2 \d", found["what"])
     assert examined.job.returncode != 0
 
 
@@ -88,7 +88,7 @@ def test_a_slow_cable_is_found_among_quick_ones(hosts: Hosts) -> None:
     slow = {
         (one["a"], one["b"])
         for one in examined.told["links"]
-        if one["there_bytes_per_s"] < 3e6 and one["back_bytes_per_s"] < 3e6
+        if one["there_bytes_per_s"] < 4e6 and one["back_bytes_per_s"] < 4e6
     }
     assert slow == {(0, 2), (1, 2)}
     assert examined.levels()["links"] in ("problem", "note")
@@ -115,7 +115,7 @@ def test_a_rank_on_another_host_that_does_not_come_is_named(hosts: Hosts, tmp_pa
     env = {"XDG_CACHE_HOME": str(hosts.folder / "cache")}
     late = (
         "import os, socket, sys, time\n"
-        "if socket.gethostname() == 'kv2': time.sleep(30)\n"
+        "if socket.gethostname() == 'kv2': time.sleep(9)\n"
         "sys.argv = ['kvcoll', 'doctor', '--json', '--limit', '2']\n"
         "from kvcoll.cli import main\n"
         "sys.exit(main())"

@@ -25,8 +25,8 @@ _LATENCY_BUDGET_S = 0.2
 _CHUNK_BYTES, _MOST_BYTES = 1 << 20, 64 << 20
 _BUFFER_BYTES = 32 << 20  # more than most caches hold
 _FIRST_BYTES = 64 << 10
-_LONG_ENOUGH_S = 0.06
-_SAMPLES = 3
+_LONG_ENOUGH_S = 0.1
+_SAMPLES = 2
 _STOP = 0.0
 
 

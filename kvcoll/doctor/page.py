@@ -118,14 +118,15 @@ def _push(seen: Seen) -> list[str]:
     share = FULL_BYTES / n_bytes
     about = "" if share == 1 else f" (of {n_bytes / 1e6:.0f} MB, times {share:.1f})"
     floor_s = push_floor_s(seen, FULL_BYTES)
-    floor = f"; the slowest link allows {milli(floor_s)}" if floor_s else ""
     large = (
         f"{milli(told['push_s'] * share)}{about}; MPI_Allreduce "
-        f"{milli(told['allreduce_s'] * share)}{floor}"
+        f"{milli(told['allreduce_s'] * share)}"
     )
     head = _FIRST + _SECOND - 2
+    floor = f"the slowest link between hosts allows {milli(floor_s)}"
     return [
         *_wrapped(f"  {'push of 100 MB':{head}}", large),
+        *(_wrapped(" " * (head + 2), floor) if floor_s else []),
         *_wrapped(f"  {'pull of 100 MB':{head}}", milli(told["pull_s"] * share)),
         *_wrapped(f"  {'push of 1,000 floats':{head}}", micro(told["small_s"])),
     ]

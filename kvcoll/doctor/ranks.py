@@ -52,11 +52,11 @@ def main(descriptor: str) -> None:
         tell(error=str(error), kind=type(error).__name__)
         return
     rank = _Rank(Talk(), facts, tell, limit_s)
-    come = rank.lead(given["quick"]) if facts.mpi_rank == 0 else rank.follow()
+    sound = rank.lead(given["quick"]) if facts.mpi_rank == 0 else rank.follow()
     tell(done=True)
     sys.stdin.read()  # until the parent has printed what there is
-    if not come:
-        os._exit(1)  # MPI_Finalize would wait for the ranks that have not come
+    if not sound:
+        os._exit(1)  # MPI_Finalize would wait for the ranks that do not answer
 
 
 @final
@@ -89,7 +89,7 @@ class _Rank:
         self._number = 0
 
     def follow(self) -> bool:
-        """Do what rank 0 says; say whether it said the end."""
+        """Do what rank 0 says; say whether it came to the end, and all ranks answer."""
         self._tell(at="the answer of rank 0")
         self._talk.send(dataclasses.asdict(self._facts), 0)
         while True:
@@ -99,12 +99,12 @@ class _Rank:
                 self._tell(error="rank 0 does not answer", kind="")
                 return False
             if order["do"] == "end":
-                return bool(order["all_come"])
+                return bool(order["sound"])
             self._tell(at=order["do"])
             self._talk.send(self._perform(order), 0)
 
     def lead(self, quick: bool) -> bool:
-        """Learn all there is to learn, and tell the parent; say whether all ranks came."""
+        """Learn all there is to learn, and tell the parent; say whether all ranks answer."""
         talk, tell = self._talk, self._tell
         tell(at="the first messages of the other ranks")
         others = range(1, talk.size)
@@ -115,15 +115,16 @@ class _Rank:
         hosts: dict[tuple[str, str], list[int]] = {}
         for rank, one in facts.items():
             hosts.setdefault((one.host, one.boot), []).append(rank)
-        self._measure(facts, list(hosts.values()), together=not missing, quick=quick)
+        sound = self._measure_links(facts, list(hosts.values())) and not missing
+        if sound:
+            self._measure_calls(facts, list(hosts.values()), quick=quick)
         for rank in facts:
             if rank:
-                talk.send({"do": "end", "all_come": not missing}, rank)
-        return not missing
+                talk.send({"do": "end", "sound": sound}, rank)
+        return sound
 
-    def _measure(
-        self, facts: dict[int, Facts], hosts: list[list[int]], *, together: bool, quick: bool
-    ) -> None:
+    def _measure_links(self, facts: dict[int, Facts], hosts: list[list[int]]) -> bool:
+        """Try and measure what lies between ranks, two at a time; say whether all answer."""
         tell, leaders = self._tell, [ranks[0] for ranks in hosts]
         if len(leaders) > 1:
             tell(at="connections between the hosts")
@@ -131,12 +132,17 @@ class _Rank:
             answers = self._ask({"do": "reach", "table": table}, leaders)
             tell(reached=[one for k in sorted(answers) for one in answers[k]["reached"]])
         tell(at="the links within hosts")
-        self._pairs([(ranks[0], ranks[1]) for ranks in hosts if len(ranks) > 1])
+        sound = self._pairs([(ranks[0], ranks[1]) for ranks in hosts if len(ranks) > 1])
         for pairs in links.rounds_of(leaders):
             tell(at="the links between hosts")
-            self._pairs(pairs)
-        if not together:
-            return
+            sound = self._pairs(pairs) and sound
+        return sound
+
+    def _measure_calls(
+        self, facts: dict[int, Facts], hosts: list[list[int]], *, quick: bool
+    ) -> None:
+        """Measure calls of all ranks, which would hang if one could not answer."""
+        tell = self._tell
         tell(at="a call of all ranks")
         answers = self._ask({"do": "memory"}, facts)
         tell(shared={k: told["shared"] for k, told in answers.items()})
@@ -149,11 +155,11 @@ class _Rank:
             answers = self._ask({"do": "push", "n_bytes": n_bytes}, facts)
             tell(pushes={k: told["push"] for k, told in answers.items()})
 
-    def _pairs(self, pairs: list[tuple[int, int]]) -> None:
-        """Measure links, all at the same time, and tell what came of each."""
+    def _pairs(self, pairs: list[tuple[int, int]]) -> bool:
+        """Measure links, all at once, and tell what came of each; say whether all answer."""
         self._number += 1
         if not pairs:
-            return
+            return True
         order = {"do": "pairs", "pairs": pairs, "number": self._number}
         answers = self._ask(order, [rank for pair in pairs for rank in pair])
         told = []
@@ -172,6 +178,7 @@ class _Rank:
                 }
             )
         self._tell(links=told)
+        return all(one["latency_s"] is not None for one in told)
 
     def _ask(self, order: dict[str, Any], ranks: Iterable[int]) -> dict[int, Any]:
         """Let ranks do something; give the answers of those that answer."""
