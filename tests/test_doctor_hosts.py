@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cluster.hosts import Hosts, pretend_hosts
 from doctor_job import Examined, read
-from mpi_job import Job
+from mpi_job import Job, is_open_mpi
 
 pytestmark = [pytest.mark.single, pytest.mark.limit(120)]
 
@@ -100,14 +100,15 @@ def test_two_hosts_that_do_not_reach_each_other_are_named(hosts: Hosts) -> None:
     for host, address in cut:
         assert hosts.on(host, "ip", "neigh", "replace", address, *lost).returncode == 0
     try:
-        examined = examine(hosts, (1, 1, 1), "--quick", "--limit", "15")
+        examined = examine(hosts, (1, 1, 1), "--quick", "--limit", "12")
     finally:
         for host, address in cut:
             hosts.on(host, "ip", "neigh", "del", address, "dev", "eth0")
     names = [one["what"] for one in about(examined, "host names")]
     assert any("kv2 does not reach kv3 by its name: no answer" in what for what in names)
-    links = [one["what"] for one in about(examined, "links")]
-    assert any("no message of MPI came through between kv2 and kv3" in what for what in links)
+    if is_open_mpi():  # MPICH does not come out of MPI_Init
+        (found,) = about(examined, "links")
+        assert found["what"] == "no message of MPI came through between kv2 and kv3"
     assert examined.job.returncode != 0
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from .facts import Facts
 
@@ -55,6 +56,23 @@ class Notes:
             beside = self._folder / f"{facts.rank}.part"
             beside.write_text(facts.to_json())
             beside.replace(self._folder / f"{facts.rank}.json")
+
+    def leave_reached(self, rank: int, reached: list[dict[str, Any]]) -> None:
+        """Write which hosts this rank's reaches, if there are still notes."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                beside = self._folder / f"{rank}.reached.part"
+                beside.write_text(json.dumps(reached))
+                beside.replace(self._folder / f"{rank}.reached")
+
+    def read_reached(self) -> list[dict[str, Any]]:
+        """Read what `leave_reached` of all ranks has left."""
+        found: list[dict[str, Any]] = []
+        if self._folder is not None:
+            with contextlib.suppress(OSError, ValueError):
+                for path in sorted(self._folder.glob("*.reached")):
+                    found += json.loads(path.read_text())
+        return found
 
     def read(self) -> dict[int, Facts]:
         """Read what the ranks have left, by rank."""

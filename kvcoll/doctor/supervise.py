@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from threading import Thread
 from types import FrameType
 from typing import IO, Any, final
 
@@ -69,6 +70,8 @@ def examine(limit_s: float, *, quick: bool, show: Callable[[Seen, list[Finding]]
             own = gather(place, port=port, token=token)
             seen.facts[place.rank] = own
             notes.leave(own)
+            if place.local_rank == 0 and place.size > 1:
+                Thread(target=_reach, args=(own, notes), daemon=True).start()
             if place.rank == 0:
                 seen.facts = notes.wait(place.size, _FOR_NOTES_S) | seen.facts
             if not _stopped(seen):
@@ -109,6 +112,14 @@ def _stopped(seen: Seen) -> bool:
     return any(one.stops for one in found)
 
 
+def _reach(own: Facts, notes: Notes) -> None:
+    """See which hosts are reached, while MPI starts, which may hang for want of it."""
+    others = notes.wait(own.size, _FOR_NOTES_S).values()
+    leaders = [one for one in others if one.local_rank == 0]
+    if len(leaders) > 1:
+        notes.leave_reached(own.rank, reach.try_all(own, leaders))
+
+
 def _another_failed(notes: Notes, rank: int) -> bool:
     """Say on rank 0 whether another rank has left a note that it cannot go on."""
     return rank == 0 and any(one.failure for one in notes.read().values())
@@ -129,6 +140,7 @@ def _end_as_first(seen: Seen, notes: Notes, show: Callable[[Seen, list[Finding]]
     noted = notes.read()
     if seen.failure or any(one.failure for one in noted.values()):
         seen.facts = noted | seen.facts
+        seen.reached = seen.reached or notes.read_reached()
         for rank, one in noted.items():
             if one.failure or one.trial:
                 seen.facts[rank] = dataclasses.replace(
