@@ -282,4 +282,4 @@ def test_the_page_is_no_wider_than_a_terminal_and_tells_what_a_push_costs(
 def test_alone_it_says_how_to_examine_a_job(comm: object, tmp_path: Path) -> None:
     job = kvcoll("doctor", "--quick", folder=tmp_path)
     assert job.returncode == 0, job
-    assert re.search(r"mpirun -n 4\s+python -m kvcoll doctor", job.stdout)
+    assert "mpirun -n 4 python -m kvcoll doctor" in " ".join(job.stdout.split())

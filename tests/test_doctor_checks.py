@@ -293,7 +293,7 @@ FAST = {"latency_s": 2e-5, "there_bytes_per_s": 1e9, "back_bytes_per_s": 1e9}
         (
             {"there_bytes_per_s": 1e8, "back_bytes_per_s": 1e8},
             "problem",
-            "n0 and n3 carry 800 Mbit/s; most links 8.0 Gbit/s",
+            "n0 and n3 carry 800 Mbit/s; most hosts 8.0 Gbit/s",
         ),
         ({"latency_s": 5e-3}, "note", "n0 and n3 take 5 ms a message; most links 20 µs"),
     ],
@@ -307,6 +307,16 @@ def test_one_bad_link_among_sound_ones_is_named(
     (found,) = checks_net.check_links(seen)
     assert found.level == level
     assert words in found.what
+
+
+def test_a_host_that_is_slow_with_all_others_is_named_once() -> None:
+    seen = job(per_host=1)
+    slow = {"there_bytes_per_s": 1e8, "back_bytes_per_s": 1e8}
+    pairs = [(a, b) for b in range(3) for a in range(b)]
+    seen.links = [Link(a, b, **(FAST | (slow if 2 in (a, b) else {}))) for a, b in pairs]
+    (found,) = checks_net.check_links(seen)
+    assert found.what == "n2 carries 800 Mbit/s at most; most hosts 8.0 Gbit/s"
+    assert found.level == "problem"
 
 
 def test_the_floor_of_a_push_is_that_of_the_slowest_link() -> None:

@@ -117,15 +117,20 @@ def check_links(seen: Seen) -> list[Finding]:
                 )
             )
     between = [link for link in seen.links if link.latency_s and seen.is_between_hosts(link)]
-    rates = [rate for link in between for rate in _rates(link)]
+    best = _best_of_hosts(seen, between)
+    usual = statistics.median(best.values()) if best else 0.0
     lates = [link.latency_s for link in between if link.latency_s]
-    usual = statistics.median(rates) if rates else 0.0
     usual_s = statistics.median(lates) if lates else 0.0
+    slow = {host for host, rate in best.items() if rate < _SLOW * usual}
+    for host in sorted(slow):
+        what = f"{host} carries {mbit(best[host])} at most; most hosts {mbit(usual)}"
+        found.append(problem("links", what, "a push is as slow as the slowest host", _LOOK))
     for link in between:
-        found += _of_link(seen, link, usual, usual_s)
+        if not slow & set(_ends(seen, link)):
+            found += _of_link(seen, link, usual, usual_s)
     if found:
         return _few(found)
-    if usual and max(rates) < _SLOW_NETWORK_BYTES_PER_S:
+    if usual and max(best.values()) < _SLOW_NETWORK_BYTES_PER_S:
         what = f"the network between the hosts carries {mbit(usual)} at most"
         return [note("links", what, "a push of 100 MB takes seconds: see below", _FASTER)]
     return [ok("links", "none is cut, slow, or slower one way")] * bool(seen.links)
@@ -134,23 +139,34 @@ def check_links(seen: Seen) -> list[Finding]:
 _FASTER = "name a faster network if there is one (OMPI_MCA_btl_tcp_if_include, FI_TCP_IFACE)"
 
 
+_LOOK = "look at cable, port and driver of the slower host: ethtool, ip -s link"
+
+
+def _best_of_hosts(seen: Seen, between: list[Link]) -> dict[str, float]:
+    """Give of each host the quickest rate that it has with any other."""
+    best: dict[str, float] = {}
+    for link in between:
+        for host in _ends(seen, link):
+            best[host] = max([best.get(host, 0.0), *_rates(link)])
+    return best
+
+
 def _of_link(seen: Seen, link: Link, usual: float, usual_s: float) -> list[Finding]:
     a, b = _ends(seen, link)
     there, back = link.there_bytes_per_s, link.back_bytes_per_s
-    cure = "look at cable, port and driver of the slower host: ethtool, ip -s link"
     if there and back and max(there, back) > _ASYMMETRIC * min(there, back):
         slow, quick = ((a, b), (b, a)) if there < back else ((b, a), (a, b))
         what = (
             f"{slow[0]} to {slow[1]} carries {mbit(min(there, back))}, "
             f"{quick[0]} to {quick[1]} {mbit(max(there, back))}"
         )
-        return [problem("links", what, "a push is as slow as the slower direction", cure)]
+        return [problem("links", what, "a push is as slow as the slower direction", _LOOK)]
     if min(_rates(link), default=usual) < _SLOW * usual:
-        what = f"{a} and {b} carry {mbit(min(_rates(link)))}; most links {mbit(usual)}"
-        return [problem("links", what, "a push is as slow as the slowest link", cure)]
+        what = f"{a} and {b} carry {mbit(min(_rates(link)))}; most hosts {mbit(usual)}"
+        return [problem("links", what, "a push is as slow as the slowest link", _LOOK)]
     if link.latency_s and link.latency_s > max(_LATE * usual_s, 1e-4):
         what = f"{a} and {b} take {micro(link.latency_s)} a message; most links {micro(usual_s)}"
-        return [note("links", what, "small pushes wait for it", cure)]
+        return [note("links", what, "small pushes wait for it", _LOOK)]
     return []
 
 
