@@ -54,7 +54,7 @@ def check_failure(seen: Seen) -> list[Finding]:
     if seen.failure_kind == "LaunchError":
         what, _, cure = seen.failure.partition(". ")
         why = "every rank would be rank 0 of 1, or die as it starts"
-        return [*found, problem("launcher", what, why, cure)]
+        return [*found, problem("launcher", what, why, cure[:1].lower() + cure[1:])]
     return [*found, _failed(f"rank {min(seen.facts)}: {seen.failure}", seen)]
 
 
