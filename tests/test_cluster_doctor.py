@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster.hosts import Hosts, pretend_hosts
+from cluster.slurm import slurm_on
 from doctor_job import Examined, read
 from mpi_job import Job, is_open_mpi
 
@@ -125,3 +127,19 @@ def test_a_rank_on_another_host_that_does_not_come_is_named(hosts: Hosts, tmp_pa
     examined = read(hosts.mpirun((1, 1), "-c", late, env=env))
     assert examined.told["missing"] == [1]
     assert examined.job.returncode != 0
+
+
+def test_under_srun_the_tasks_are_counted_and_a_wrong_kind_is_an_error(hosts: Hosts) -> None:
+    right, wrong = ("pmix", "pmi2") if is_open_mpi() else ("pmi2", "pmix")
+    doctor = (sys.executable, "-m", "kvcoll", "doctor", "--json", "--quick")
+    # MPICH's other way to the network may abort in MPI_Init under SLURM.
+    env = {"MPIR_CVAR_CH4_NETMOD": "ofi", "XDG_CACHE_HOME": str(hosts.folder / "cache")}
+    where = ("srun", "-K", "-N", "2", "-n", "2", "--overcommit")
+    with slurm_on(hosts, gpus=0) as slurm:
+        sound = read(slurm.on_kv1(*where, f"--mpi={right}", *doctor, env=env))
+        broken = read(slurm.on_kv1(*where, f"--mpi={wrong}", *doctor, env=env))
+    assert sound.found("SLURM")["what"].endswith("has 2 tasks, as many as there are ranks")
+    assert sound.found("ranks")["what"] == "2 ranks, started by srun"
+    assert sound.job.returncode == 0
+    assert f"srun --mpi={right}" in broken.found("launcher")["cure"]
+    assert broken.job.returncode != 0

@@ -12,7 +12,8 @@ _ASYMMETRIC = 3.0  # the quicker direction over the slower
 _SLOW = 1 / 3  # of the median of all links
 _LATE = 10.0  # times the median latency
 _SLOW_NETWORK_BYTES_PER_S = 50e6  # less than half of what Gigabit Ethernet carries
-_FAR_FROM_FLOOR = 3.0
+# What a push may take beside the wire's time, which is all of it on a slow network.
+_FAR_FROM_FLOOR, _WITHOUT_WIRE_S_PER_BYTE = 3.0, 5e-9
 _SHOWN = 4
 
 
@@ -185,7 +186,8 @@ def check_push(seen: Seen) -> list[Finding]:
             )
         ]
     floor_s = push_floor_s(seen, told["n_bytes"])
-    if floor_s and told["push_s"] > _FAR_FROM_FLOOR * floor_s:
+    allowed_s = _FAR_FROM_FLOOR * floor_s + _WITHOUT_WIRE_S_PER_BYTE * told["n_bytes"]
+    if floor_s and told["push_s"] > allowed_s:
         what = f"a push took {milli(told['push_s'])}; the links allow {milli(floor_s)}"
         why = "ranks are held up by something else than the wire: cores, other jobs, memory"
         return [note("push", what, why, "look at the load of each host: uptime")]

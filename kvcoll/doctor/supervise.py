@@ -163,6 +163,8 @@ def _end_as_other(seen: Seen, notes: Notes, rank: int) -> int:
     notes.leave(dataclasses.replace(own, failure=why))
     with contextlib.suppress(_EndedError):
         time.sleep(_LAST_WORDS_S)
+    if seen.failure_kind == "LaunchError":
+        return 1  # of which rank 0 says the same
     print(
         f"kvcoll doctor: rank {rank} on {own.host}: {why if notes.are_lost else _first_line(why)}",
         file=sys.stderr,
