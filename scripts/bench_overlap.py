@@ -39,8 +39,10 @@ class Computing:
     def last_for(self, comm: MPI.Intracomm, seconds: float) -> None:
         """Find how many rounds take so long; collective."""
         self._rounds = 200
-        round_s = min(_seconds(self.run) for _ in range(_TRIALS)) / self._rounds
-        self._rounds = max(1, round(seconds / max(comm.allgather(round_s))))
+        for _ in range(_TRIALS):  # in ever longer runs, as short ones are quicker than they count
+            comm.Barrier()
+            took_s = max(comm.allgather(_seconds(self.run)))
+            self._rounds = max(1, round(self._rounds * seconds / took_s))
 
     def run(self) -> None:
         """Compute."""
