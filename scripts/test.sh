@@ -11,6 +11,9 @@ The first run sets up a virtual environment; how to choose it stands in scripts/
   scripts/test.sh -n '2 3' -x tests/test_store.py
   KVCOLL_MPI=mpich scripts/test.sh
 
+Tests that take some seconds each (marked long: training runs, checkpoints under a kill, the
+doctor) are left out, unless KVCOLL_LONG_TESTS=yes.
+
 What it runs is mpirun -n RANKS python -m pytest ..., and it prints that line.
 A run of one number of ranks is ended after KVCOLL_TEST_RUN_LIMIT_S seconds (default: 600).
 "
@@ -36,6 +39,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" || exit
 
 # pytest finds its settings in the repository; paths may be given from the caller's folder too.
 arguments=()
+[ "${KVCOLL_LONG_TESTS-}" = yes ] || arguments+=(-m "not long")
 for argument in "$@"; do
     [ "$PWD" = "$kvcoll_root" ] || [ ! -e "${argument%%::*}" ] || argument=$PWD/$argument
     arguments+=("$argument")

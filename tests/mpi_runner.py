@@ -29,6 +29,7 @@ COUNTS_FILE: Final = os.environ.get("KVCOLL_TEST_COUNTS")
 WORLD: Final = pytest.StashKey[World]()
 MARKERS: Final = (
     "ranks(at_least=1, exactly=None): the test is for this many ranks; it is left out elsewhere",
+    "long: it takes some seconds; scripts/test.sh leaves it out unless KVCOLL_LONG_TESTS=yes",
     "single: the test is for one rank only, as ranks(exactly=1); it may start jobs of its own",
     "limit(seconds): ends the run, with the stacks of all ranks, if the test takes longer",
 )

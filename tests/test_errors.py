@@ -32,6 +32,8 @@ BUILTIN_OF: dict[type[KVCollError], type[Exception]] = {
     errors.NoOptimizerError: RuntimeError,
     errors.FileError: OSError,
     errors.FileFormatError: ValueError,
+    errors.NoCheckpointError: FileNotFoundError,
+    errors.CheckpointMismatchError: ValueError,
     errors.StatesMismatchError: ValueError,
 }
 

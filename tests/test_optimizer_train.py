@@ -13,7 +13,7 @@ import kvcoll
 
 for package in ("safetensors", "sklearn", "tqdm"):
     pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = pytest.mark.single
+pytestmark = [pytest.mark.single, pytest.mark.long]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # In one process, since to import takes longer than to train.

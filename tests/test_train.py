@@ -245,6 +245,7 @@ def test_a_local_store_trains_where_mpi4py_cannot_be_imported(tmp_path: Path) ->
     assert "replicas: 1 of 1 the same bits" in job.stdout
 
 
+@pytest.mark.long
 @pytest.mark.limit(120)
 @pytest.mark.parametrize(
     "options",
