@@ -14,7 +14,7 @@ from cluster.slurm import slurm_on
 from doctor_job import Examined, read
 from mpi_job import Job, is_open_mpi
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(120)]
+pytestmark = [pytest.mark.single, pytest.mark.limit(120), pytest.mark.long]
 
 NOWHERE = "02:00:00:00:00:99"
 

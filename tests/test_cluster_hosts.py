@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cluster.hosts import CHECKOUT, Hosts, pretend_hosts
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(120)]
+pytestmark = [pytest.mark.single, pytest.mark.limit(120), pytest.mark.long]
 
 PUSH: Final = CHECKOUT / "tests/cluster/push.py"
 TRAIN: Final = CHECKOUT / "scripts/train.py"

@@ -12,7 +12,7 @@ from cluster.hosts import CHECKOUT, pretend_hosts
 from cluster.slurm import Ended, Slurm, slurm_on
 from mpi_job import is_open_mpi
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(120)]
+pytestmark = [pytest.mark.single, pytest.mark.limit(120), pytest.mark.long]
 
 TRAIN: Final = "scripts/train.sbatch"
 TRAIN_ON_GPUS: Final = "scripts/train_gpu.sbatch"

@@ -16,7 +16,7 @@ from cluster import hosts as tool
 from cluster.hosts import SCRIPT, environment_of, pretend_hosts, run
 from mpi_job import clean_environment
 
-pytestmark = pytest.mark.single
+pytestmark = [pytest.mark.single, pytest.mark.long]
 
 OWNER: Final = """
 import time
