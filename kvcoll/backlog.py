@@ -78,6 +78,7 @@ class Backlog:
         self._jobs: dict[int, Job] = {}
         self._changed = threading.Condition()
         self._unfinished = 0
+        self._told = False
         self._error: BaseException | None = None
         self._shared: BaseException | None = None
         self._stopping = False
@@ -86,7 +87,7 @@ class Backlog:
     def add(self, job: Job) -> None:
         """Queue a job; the thread takes it when its turn comes."""
         with self._changed:
-            self._check()
+            self.check()
             self._jobs[job.number] = job
             self._unfinished += 1
             if self._thread is None:
@@ -110,14 +111,14 @@ class Backlog:
             if not job.done:
                 with self._changed:
                     while not job.done:
-                        self._check()
+                        self.check()
                         self._changed.wait()
 
     def drain(self) -> None:
         """Wait until all jobs are done; raises as `wait` does."""
         with self._changed:
             while self._unfinished:
-                self._check()
+                self.check()
                 self._changed.wait()
 
     def stop(self) -> None:
@@ -142,7 +143,19 @@ class Backlog:
         error = self._shared or self._error
         return "" if error is None else text_of(error) or type(error).__name__
 
-    def _check(self) -> None:
+    @property
+    def is_busy(self) -> bool:
+        """Whether jobs wait, or one runs."""
+        return bool(self._unfinished) and not self.failure
+
+    @property
+    def was_told(self) -> bool:
+        """Whether somebody has been told why nothing will be run any more."""
+        return self._told
+
+    def check(self) -> None:
+        """Raise why nothing will be run any more, if so; as `wait` does."""
+        self._told = self._told or bool(self._shared or self._error)
         if self._shared is not None:
             raise self._shared
         if self._error is not None:

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -102,7 +102,8 @@ def create(
         when all have come to it, in the order of the pushes, so that all replicas pass
         through the same versions; a pull gives the version that is there. It needs an
         updater. A mistake is raised by the next call after the ranks have come to it, and
-        ends the store.
+        ends the store. Its calls have an order of their own: that of one late store beside
+        other stores must be the same on all ranks, and is not compared.
     comm : mpi4py.MPI.Intracomm, optional
         Whose ranks share the store; it is duplicated. By default ``MPI.COMM_WORLD``.
     reproducible : bool, default False
@@ -186,7 +187,8 @@ class _Link:
 
 _links: list[_Link] = []
 _world: list[_Link] = []  # that of COMM_WORLD, once it is there
-_open_stores: list[KVStore] = []  # held until they are closed, since others wait for them
+# Held until they are closed, since others wait for them; each with whose agreement it has.
+_open_stores: list[tuple[KVStore, AcrossRanks]] = []
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
@@ -241,7 +243,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
         transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
-        agreement = _async_agreement(own, link) if is_async else link.ranks.of_store()
+        its_link = _async_link(own, link) if is_async else link
+        agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
         store = KVStore(
             kind,
@@ -254,21 +257,22 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
-    _open_stores[:] = [other for other in _open_stores if not other.closed]
-    _open_stores.append(store)
+    if its_link is not link:
+        _links.append(its_link)
+    _open_stores[:] = [other for other in _open_stores if not other[0].closed]
+    _open_stores.append((store, its_link.ranks))
     if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
 
-def _async_agreement(own: MPI.Intracomm, link: _Link) -> Agreement:
-    """Make an agreement for one store, whose thread agrees while the caller uses others."""
+def _async_link(own: MPI.Intracomm, link: _Link) -> _Link:
+    """Make the link of one store, whose thread agrees while the caller uses others."""
     from .transport import mpi
 
     messenger = mpi.MpiMessenger(own, link.topology, Waiting.patient())
     ranks = AcrossRanks(messenger, farewell.advance, one_error_ends=True)
-    _links.append(_Link(own, link.topology, ranks))
-    return ranks.of_store()
+    return _Link(own, link.topology, ranks)
 
 
 def _new_link(comm: Any, limit_s: float) -> _Link:
@@ -295,13 +299,22 @@ def _world_link(world: MPI.Intracomm, limit_s: float) -> _Link:
 @atexit.register
 def _leave_all() -> None:
     """Leave the stores that are open, all at once, so that no rank waits for this one."""
-    for store in _open_stores:
-        store._finish_pushes()
     error = vars(sys).get("last_value")  # what ended the program, if an exception did
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
-    farewell.finish([link.ranks.leave(why) for link in in_use if not link.ranks.ended])
+    farewell.finish([_leave(link.ranks, why) for link in in_use])
+
+
+def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:
+    """Let the pushes of its stores end, then leave; all links at once, as one may wait for another.
+
+    A push that the ranks have not agreed on yet ends when the others leave.
+    """
+    for store, its_ranks in _open_stores:
+        if its_ranks is ranks:
+            yield from store._pushes_end()
+    return (yield from ranks.leave(why))
 
 
 def _forget_all() -> None:

@@ -91,6 +91,15 @@ class Launch(ABC):
     def ident(self) -> int | None:
         """The number of the thread in which updates run beside the caller, if any."""
 
+    @abstractmethod
+    def raise_untold(self) -> None:
+        """Raise why pushes were given up, if nobody has been told."""
+
+    @property
+    @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether pushes wait that will still be run."""
+
     @property
     @abstractmethod
     def ended(self) -> str:
@@ -138,6 +147,14 @@ class InLine(Launch):
     def ident(self) -> int | None:
         """None."""
         return None
+
+    def raise_untold(self) -> None:
+        """Do nothing."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Never."""
+        return False
 
     @property
     def ended(self) -> str:
@@ -212,7 +229,10 @@ class _Waiting:
                 while jobs and jobs[0].done:
                     jobs.popleft()
                 while len(jobs) > at_most:
-                    self._backlog.wait([jobs.popleft()])
+                    self._backlog.wait(
+                        [jobs[0]]
+                    )  # it counts until it is done, also if this is interrupted
+                    jobs.popleft()
 
     def drain(self) -> None:
         """Wait for all jobs."""
@@ -290,6 +310,16 @@ class Overlap(Launch):
     def ident(self) -> int | None:
         """None: the user's code does not run beside the caller."""
         return None
+
+    def raise_untold(self) -> None:
+        """Ask the backlog."""
+        if not self._backlog.was_told:
+            self._backlog.check()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the backlog has jobs."""
+        return self._backlog.is_busy
 
     @property
     def ended(self) -> str:
@@ -370,9 +400,11 @@ class Late(Launch):
             self._waiting.wait(push.entries)
 
     def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
-        """Wait for the pushes of these keys; a pull does not."""
+        """Wait for the pushes of these keys; a pull does not, but is told of errors."""
         if not to_read:
             self._waiting.wait(entries)
+        elif threading.get_ident() != self._backlog.ident:
+            self._backlog.check()
 
     def drain(self) -> None:
         """Wait for all pushes."""
@@ -386,6 +418,16 @@ class Late(Launch):
     def ident(self) -> int | None:
         """The backlog's thread."""
         return self._backlog.ident
+
+    def raise_untold(self) -> None:
+        """Ask the backlog."""
+        if not self._backlog.was_told:
+            self._backlog.check()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the backlog has jobs."""
+        return self._backlog.is_busy
 
     @property
     def ended(self) -> str:

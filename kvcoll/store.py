@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -511,6 +511,8 @@ KeyKindError, ArrayError
             As in `pull`.
         """
         with self._reading:
+            if self._guard.is_beside:
+                raise self._guard.nested()
             if key is None:
                 self._launch.drain()
             else:
@@ -985,8 +987,7 @@ KeyKindError, ArrayError
         """
         if self.closed:
             try:
-                if not self._guard.closed:
-                    self._launch.drain()  # raises what nobody has been told yet
+                self._launch.raise_untold()
             finally:
                 self._guard.closed = self._guard.closed or "close() was called"
                 self._give_back()
@@ -1015,13 +1016,12 @@ KeyKindError, ArrayError
         if error is None:
             self.close()
         elif not self.closed:
-            self._finish_pushes()
             # The other ranks may be in a call of another store, which is left after this one.
             self._guard.closed = "it was left by an exception"
-            self._give_back()
-            farewell.begin(
-                self._agreement.leave(f"{builtins.type(error).__name__}: {text_of(error)}")
-            )
+            why = f"{builtins.type(error).__name__}: {text_of(error)}"
+            if not self._launch.is_busy:
+                self._give_back()  # else memory is in use until the end of the process
+            farewell.begin(self._leave(why))
 
     @property
     def closed(self) -> bool:
@@ -1068,13 +1068,18 @@ KeyKindError, ArrayError
         self._launch.drain()
         self._agreement.refuse(name, error)
 
-    def _finish_pushes(self) -> None:
-        """Wait for the pushes that are not complete: the others wait in them for this rank."""
-        if self._guard.closed:
-            return
+    def _leave(self, why: str) -> Generator[None, None, Exception | None]:
+        """Let pushes end in which the others wait for this rank, then take leave, in steps."""
+        yield from self._pushes_end()
+        return (yield from self._agreement.leave(why))
+
+    def _pushes_end(self) -> Generator[None, None, None]:
+        """Wait for pushes that are not complete, in steps; say what became of them."""
+        while self._launch.is_busy:
+            yield
         try:
-            self._launch.drain()
-        except Exception as error:  # nobody is there any more to raise it for
+            self._launch.raise_untold()
+        except BaseException as error:  # nobody is there any more to raise it for
             print(f"kvcoll: pushes were not completed: {text_of(error)}", file=sys.stderr)
 
     def _contents(self) -> Contents:
