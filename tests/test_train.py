@@ -20,7 +20,7 @@ import kvcoll
 
 for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = pytest.mark.single
+pytestmark = [pytest.mark.single, pytest.mark.long]
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 # The jobs use the kvcoll that the suite uses, be it installed or not.
@@ -245,7 +245,6 @@ def test_a_local_store_trains_where_mpi4py_cannot_be_imported(tmp_path: Path) ->
     assert "replicas: 1 of 1 the same bits" in job.stdout
 
 
-@pytest.mark.long
 @pytest.mark.limit(120)
 @pytest.mark.parametrize(
     "options",
