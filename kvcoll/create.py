@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
 _ASYNC = "dist_async"
-_DISTRIBUTED = ("dist", "dist_sync", _ASYNC)
+_ASYNCS = (_ASYNC, "dist_async_device")
+_DISTRIBUTED = ("dist", "dist_sync", *_ASYNCS)
 _CREATE_LIMIT_S = 300.0
 _ALWAYS = "always"
 _NEEDS_THREADS = (
@@ -54,6 +55,7 @@ _Name = Literal[
     "dist",
     "dist_sync",
     "dist_async",
+    "dist_async_device",
 ]
 
 
@@ -98,8 +100,8 @@ def create(
         Of any case. ``'local'``, ``'local_update_cpu'``, ``'local_allreduce_cpu'``,
         ``'device'``, ``'local_allreduce_device'``: one process, no MPI needed.
         ``'dist'``, ``'dist_sync'``: all ranks of `comm`, which all must call this.
-        ``'dist_async'``: the same, but a push does not wait for other ranks. It is applied
-        when all have come to it, in the order of the pushes, so that all replicas pass
+        ``'dist_async'``, ``'dist_async_device'``: the same, but a push does not wait for
+        other ranks. It is applied when all have come to it, in the order of the pushes, so that all replicas pass
         through the same versions; a pull gives the version that is there. It needs an
         updater. A mistake is raised by the next call after the ranks have come to it, and
         ends the store. Its calls have an order of their own: that of one late store beside
@@ -167,7 +169,7 @@ def create(
             f"create_limit_s is a number of seconds above 0, got {create_limit_s!r}"
         )
     if kind in _DISTRIBUTED:
-        late = (1 if staleness is None else staleness) if kind == _ASYNC else None
+        late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
         options = _Options(bool(reproducible), overlap, late)
         return _distributed(kind, comm, options, create_limit_s)
@@ -192,7 +194,7 @@ _open_stores: list[tuple[KVStore, AcrossRanks]] = []
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
-    if kind != _ASYNC:
+    if kind not in _ASYNCS:
         raise ArgumentError(f"staleness goes with {_ASYNC!r}, not with {kind!r}")
     if isinstance(staleness, bool) or not isinstance(staleness, (int, np.integer)):
         raise TypeError(f"staleness is an int, got {staleness!r}")

@@ -132,6 +132,16 @@ def test_a_pull_shows_one_version_and_never_half_an_update(comm: Any) -> None:
             assert seen.min() == seen.max()
 
 
+def test_the_device_store_is_the_same_for_arrays_of_the_host(comm: Any) -> None:
+    with kvcoll.create("dist_async_device", staleness=2) as kv:
+        assert kv.type == "dist_async_device"
+        kv.init("a", np.zeros(N, np.float32))
+        kv.set_updater(add)
+        push(kv, 1)
+        kv.barrier()
+        assert np.all(kv.pull("a") == total(kv, 1))
+
+
 def test_wait_waits_for_what_this_rank_has_pushed(kv: KVStore) -> None:
     kv.set_updater(add)
     push(kv, 1)
