@@ -101,9 +101,9 @@ def create(
         ``'device'``, ``'local_allreduce_device'``: one process, no MPI needed.
         ``'dist'``, ``'dist_sync'``: all ranks of `comm`, which all must call this.
         ``'dist_async'``, ``'dist_async_device'``: the same, but a push does not wait for
-        other ranks. It is applied when all have come to it, in the order of the pushes, so that all replicas pass
-        through the same versions; a pull gives the version that is there. It needs an
-        updater. A mistake is raised by the next call after the ranks have come to it, and
+        other ranks. It is applied when all have come to it, in the order of the pushes, so
+        that all replicas pass through the same versions; a pull gives the version that is
+        there. It needs an updater. A mistake is raised by the next call after the ranks have come to it, and
         ends the store. Its calls have an order of their own: that of one late store beside
         other stores must be the same on all ranks, and is not compared.
     comm : mpi4py.MPI.Intracomm, optional
