@@ -104,8 +104,8 @@ def create(
         other ranks. It is applied when all have come to it, in the order of the pushes, so
         that all replicas pass through the same versions; a pull gives the version that is
         there. It needs an updater. A mistake is raised by the next call after the ranks have
-        come to it, and ends the store. Its calls have an order of their own: that of one late store beside
-        other stores must be the same on all ranks, and is not compared.
+        come to it, and ends the store. Its calls have an order of their own: that of one late
+        store beside other stores must be the same on all ranks, and is not compared.
     comm : mpi4py.MPI.Intracomm, optional
         Whose ranks share the store; it is duplicated. By default ``MPI.COMM_WORLD``.
     reproducible : bool, default False
