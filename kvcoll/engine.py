@@ -26,7 +26,7 @@ from .rows import sum_rows
 from .schema import Spec
 from .sparse import Rows, spread
 from .sums import order_of
-from .transport.contract import Sink, Transport, Window
+from .transport.contract import Sink, Transport, Window, copies_to
 from .updater import RowsSink, Updater
 
 # Flags of an agreement.
@@ -291,7 +291,7 @@ class Engine:
     def sum_packed_whole(self, bucket: Bucket, source: Array, total: Array) -> None:
         """Sum a bucket that was packed before into `total`, which may be `source`."""
         if self._compressor is not None:
-            self._compressor.sum(bucket, source, _copies_to(total))
+            self._compressor.sum(bucket, source, copies_to(total))
         elif bucket.n_elements:
             self._transport.all_reduce(source, total)
 
@@ -414,11 +414,11 @@ class Engine:
         """Sum one bucket into scratch memory, for an updater that wants it whole."""
         total = self._scratch[bucket.dtype][: bucket.n_elements]
         if self._compressor is not None:
-            self._compressor.sum(bucket, self._compressor.packed(bucket), _copies_to(total))
+            self._compressor.sum(bucket, self._compressor.packed(bucket), copies_to(total))
         elif flags & _PLAIN and bucket.n_elements:
             self._transport.all_reduce(self._pack(bucket, values, flags, total), total)
         elif bucket.n_elements:
-            self._sum_pieces(bucket, values, flags, _copies_to(total))
+            self._sum_pieces(bucket, values, flags, copies_to(total))
         return total
 
     def _sum_pieces(
@@ -440,9 +440,9 @@ class Engine:
 
     def _pack(self, bucket: Bucket, values: list[list[Array]], flags: int, packed: Array) -> Array:
         """Bring what this rank pushes into one flat array, without a copy if it is one."""
-        dtype = bucket.dtype
-        if bucket.is_small_float and flags & _WIDE:
-            dtype, packed = bucket.wide_dtype, self._scratch[bucket.wide_dtype]
+        dtype = self.packed_dtype(bucket, flags)
+        if dtype is not bucket.dtype:
+            packed = self._scratch[dtype]
         flat = as_flat(bucket, values, dtype)
         if flat is not None:
             return flat
@@ -503,13 +503,6 @@ def _spread_elements(bucket: Bucket, updater: Updater) -> int:
 
 def _update(updater: Updater, bucket: Bucket, total: Array) -> None:
     updater.begin(bucket)(0, bucket.n_elements, total)
-
-
-def _copies_to(total: Array) -> Sink:
-    def copy(start: int, stop: int, piece: Array) -> None:
-        total[start:stop] = piece
-
-    return copy
 
 
 def _without_a_share_in(own: list[Array], array: Array) -> Array:

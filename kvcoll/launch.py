@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple, final
 
 from .agreement import Agreement, Call
-from .arrays import Array
+from .arrays import Array, DType
 from .backlog import Backlog, Job, SharedError
 from .bucket import Bucket
 from .engine import Engine, Push
@@ -196,12 +196,13 @@ class _Waiting:
         self._slots.reserve(_slot_bytes(bucket) for bucket in packed)
 
     def pack(
-        self, bucket: Bucket, values: list[list[Array]], updater: Updater, *, is_wide: bool
+        self, bucket: Bucket, values: list[list[Array]], updater: Updater, dtype: DType
     ) -> _Packed:
-        """Pack a bucket in memory that was reserved, and begin its update."""
+        """Pack a bucket in memory that was reserved, in a dtype, and begin its update."""
         slot = self._slots.take(_slot_bytes(bucket))
         flat = self._engine.packed(bucket)
-        dtype = (bucket.wide_dtype if is_wide else bucket.dtype) if flat is None else flat.dtype
+        if flat is not None:
+            dtype = flat.dtype
         source = slot[: bucket.n_elements * dtype.itemsize].view(dtype)
         if flat is None:
             pack_into(bucket, values, source)
@@ -229,10 +230,8 @@ class _Waiting:
                 while jobs and jobs[0].done:
                     jobs.popleft()
                 while len(jobs) > at_most:
-                    self._backlog.wait(
-                        [jobs[0]]
-                    )  # it counts until it is done, also if this is interrupted
-                    jobs.popleft()
+                    self._backlog.wait([jobs[0]])
+                    jobs.popleft()  # only now: the wait may have been interrupted
 
     def drain(self) -> None:
         """Wait for all jobs."""
@@ -240,8 +239,52 @@ class _Waiting:
         self._jobs.clear()
 
 
+class _Behind(Launch):
+    """What pushes that run in a backlog have in common.
+
+    Parameters
+    ----------
+    engine : Engine
+    leads : bool
+        Whether this rank says which of the pushes that wait is next.
+    agree : callable
+        As for `Backlog`.
+    """
+
+    def __init__(self, engine: Engine, *, leads: bool, agree: Callable[[int], int]) -> None:
+        self._engine = engine
+        self._backlog = Backlog(leads=leads, agree=agree, failed=self._abort)
+        self._waiting = _Waiting(engine, self._backlog)
+
+    @final
+    def drain(self) -> None:
+        """Wait for all that is in the backlog."""
+        self._waiting.drain()
+
+    @final
+    def stop(self) -> None:
+        """End the thread."""
+        self._backlog.stop()
+
+    @final
+    def raise_untold(self) -> None:
+        """Ask the backlog."""
+        if not self._backlog.was_told:
+            self._backlog.check()
+
+    @property
+    @final
+    def is_busy(self) -> bool:
+        """Whether the backlog has jobs."""
+        return self._backlog.is_busy
+
+    @final
+    def _abort(self, error: BaseException) -> None:
+        self._engine.abort("a push that runs behind its caller", error)
+
+
 @final
-class Overlap(Launch):
+class Overlap(_Behind):
     """A push returns once the ranks have agreed on it and its values are packed.
 
     Sums and updates run in the backlog; a key waits for one sum at most. An updater that
@@ -255,9 +298,7 @@ class Overlap(Launch):
     """
 
     def __init__(self, engine: Engine, *, leads: bool) -> None:
-        self._engine = engine
-        self._backlog = Backlog(leads=leads, agree=engine.from_rank_0, failed=self._abort)
-        self._waiting = _Waiting(engine, self._backlog)
+        super().__init__(engine, leads=leads, agree=engine.from_rank_0)
 
     def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Wait until no sum waits for these keys, too."""
@@ -285,8 +326,8 @@ class Overlap(Launch):
             return
         try:
             for bucket in push.buckets:
-                is_wide = self._engine.packed_dtype(bucket, flags) != bucket.dtype
-                packed = self._waiting.pack(bucket, values, updater, is_wide=is_wide)
+                dtype = self._engine.packed_dtype(bucket, flags)
+                packed = self._waiting.pack(bucket, values, updater, dtype)
                 keys = [member.entry.spec.key for member in bucket.members]
                 run = partial(self._sum, packed, in_pieces=not updater.needs_whole_keys)
                 self._waiting.add(keys, priority, run)
@@ -298,28 +339,10 @@ class Overlap(Launch):
         """Wait for the sums of these keys."""
         self._waiting.wait(entries)
 
-    def drain(self) -> None:
-        """Wait for all sums."""
-        self._waiting.drain()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._backlog.stop()
-
     @property
     def ident(self) -> int | None:
         """None: the user's code does not run beside the caller."""
         return None
-
-    def raise_untold(self) -> None:
-        """Ask the backlog."""
-        if not self._backlog.was_told:
-            self._backlog.check()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the backlog has jobs."""
-        return self._backlog.is_busy
 
     @property
     def ended(self) -> str:
@@ -334,12 +357,9 @@ class Overlap(Launch):
             packed.sink(0, packed.bucket.n_elements, packed.total)
         self._waiting.give_back(packed)
 
-    def _abort(self, error: BaseException) -> None:
-        self._engine.abort("a push that runs behind its caller", error)
-
 
 @final
-class Late(Launch):
+class Late(_Behind):
     """A push returns at once; the ranks agree on it, sum and update when all have come to it.
 
     In the order of the pushes, so that all replicas pass through the same versions.
@@ -356,13 +376,11 @@ class Late(Launch):
     is_beside = True
 
     def __init__(self, engine: Engine, agreement: Agreement, *, staleness: int) -> None:
+        # Jobs run by their numbers, which are the same everywhere: nobody need be asked.
+        super().__init__(engine, leads=True, agree=lambda number: number)
         self.reading = threading.RLock()
-        self._engine = engine
         self._agreement = agreement
         self._staleness = staleness
-        # Jobs run by their numbers, which are the same everywhere: nobody need be asked.
-        self._backlog = Backlog(leads=True, agree=lambda number: number, failed=self._abort)
-        self._waiting = _Waiting(engine, self._backlog)
 
     def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Wait until fewer pushes wait for these keys than may, too."""
@@ -391,7 +409,7 @@ class Late(Launch):
         parts = [
             self._engine.begin_rows(bucket, updater)
             if bucket.is_sparse
-            else self._waiting.pack(bucket, values, updater, is_wide=True)
+            else self._waiting.pack(bucket, values, updater, bucket.wide_dtype)
             for bucket in push.buckets
         ]
         keys = [entry.spec.key for entry in push.entries]
@@ -406,28 +424,10 @@ class Late(Launch):
         elif threading.get_ident() != self._backlog.ident:
             self._backlog.check()
 
-    def drain(self) -> None:
-        """Wait for all pushes."""
-        self._waiting.drain()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._backlog.stop()
-
     @property
     def ident(self) -> int | None:
         """The backlog's thread."""
         return self._backlog.ident
-
-    def raise_untold(self) -> None:
-        """Ask the backlog."""
-        if not self._backlog.was_told:
-            self._backlog.check()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the backlog has jobs."""
-        return self._backlog.is_busy
 
     @property
     def ended(self) -> str:
@@ -467,9 +467,6 @@ class Late(Launch):
             told = self._engine.mend(push, updater, failure)
         if told is not None:
             raise SharedError(told)
-
-    def _abort(self, error: BaseException) -> None:
-        self._engine.abort("a push that runs behind its caller", error)
 
 
 def _slot_bytes(bucket: Bucket) -> int:

@@ -6,6 +6,7 @@ is the same number on every rank and every machine for the same words.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,10 +61,7 @@ class Spec:
     @property
     def n_elements(self) -> int:
         """How many elements the value has."""
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return n
+        return math.prod(self.shape)
 
     @property
     def held(self) -> str:

@@ -38,8 +38,3 @@ class Slots:
         """Give a slot back that was taken with this size."""
         with self._lock:
             self._free[n_bytes].append(slot)
-
-    def clear(self) -> None:
-        """Let go of what is free."""
-        with self._lock:
-            self._free.clear()

@@ -6,6 +6,7 @@ one of float64, with real and imaginary parts along one more axis.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -28,10 +29,7 @@ class Kept(NamedTuple):
     @property
     def n_elements(self) -> int:
         """How many elements it has."""
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return n
+        return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:

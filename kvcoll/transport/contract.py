@@ -19,6 +19,15 @@ from ..topology import Topology
 Sink: TypeAlias = Callable[[int, int, Array], None]
 
 
+def copies_to(out: Array) -> Sink:
+    """Give a sink that writes the sum into an array."""
+
+    def copy(start: int, stop: int, total: Array) -> None:
+        out[start:stop] = total
+
+    return copy
+
+
 @dataclass(frozen=True)
 class Window:
     """Memory whose contents are summed without being packed.
@@ -133,12 +142,7 @@ class Transport(ABC):
         start, stop : int
             Which elements.
         """
-        own = out.own[start:stop]
-
-        def copy(low: int, high: int, total: Array) -> None:
-            own[low:high] = total
-
-        self.all_reduce_window(source, start, stop, copy)
+        self.all_reduce_window(source, start, stop, copies_to(out.own[start:stop]))
 
     @abstractmethod
     def broadcast(self, buffer: Array, root: int = 0) -> None:

@@ -13,7 +13,7 @@ known from the counters alone, as the comments at the waits say.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import final
 
 import numpy as np
@@ -21,8 +21,9 @@ import numpy as np
 from ..arrays import Array, DType, wide
 from ..sums import Adder
 from ..topology import Topology
-from .contract import Exchange, Sink, Transport, Window
+from .contract import Sink, Transport, Window, copies_to
 from .memory import SharedMemory
+from .sharing import LINE_BYTES, SharingTransport
 from .waiting import Waiting
 
 # Measured with 2 ranks and float32: see scripts/results.
@@ -33,7 +34,6 @@ _SMALL_WINDOW_BYTES = 12 << 10
 # Where sums go to windows nothing waits for a slot, so that pieces may be longer; what is
 # added at once is shorter, so that it fits a core's cache with what goes into it.
 _LONGER, _SHORTER = 4, 2
-_LINE_BYTES = 64
 _SPINS = 200  # about 20 microseconds; then the core is offered to others
 
 
@@ -56,9 +56,9 @@ class Counters:
         self, raw: Array, rank: int, *, yields: bool, waiting: Waiting | None = None
     ) -> None:
         words = raw.view(np.int64).data
-        step = _LINE_BYTES // 8
+        step = LINE_BYTES // 8
         self._mine = words[rank * step : rank * step + 1]
-        others = [k for k in range(raw.size // _LINE_BYTES) if k != rank]
+        others = [k for k in range(raw.size // LINE_BYTES) if k != rank]
         self._others = [words[k * step : k * step + 1] for k in others]
         self._spins = 0 if yields or waiting else _SPINS
         self._pause = waiting.pause if waiting else os.sched_yield
@@ -82,7 +82,7 @@ class Counters:
 
 
 @final
-class HostTransport(Transport):
+class HostTransport(SharingTransport):
     """Sums over the ranks of one host through shared memory.
 
     Parameters
@@ -122,15 +122,12 @@ class HostTransport(Transport):
         piece_bytes: int = _PIECE_BYTES,
         small_bytes: int = _SMALL_BYTES,
     ) -> None:
-        self.topology = topology
-        self._rank, self._size = topology.rank, topology.size
-        self._beside = beside
-        self._share = share
+        super().__init__(topology, beside, share)
         self._piece_bytes = piece_bytes
-        lines = min(small_bytes // self._size, piece_bytes) // _LINE_BYTES
-        self._small_bytes = small_bytes = lines * _LINE_BYTES
+        lines = min(small_bytes // self._size, piece_bytes) // LINE_BYTES
+        self._small_bytes = small_bytes = lines * LINE_BYTES
         yields = self._size > (os.cpu_count() or 1)
-        lines = _LINE_BYTES * self._size
+        lines = LINE_BYTES * self._size
         raw = memory.raw
         self._ready = Counters(raw[:lines], self._rank, yields=yields, waiting=waiting)
         self._added = Counters(raw[lines : 2 * lines], self._rank, yields=yields, waiting=waiting)
@@ -153,18 +150,14 @@ class HostTransport(Transport):
         piece_bytes : int, optional
             How much is summed at once; a multiple of 64 times the number of ranks is best.
         """
-        return 2 * _LINE_BYTES * size + 2 * (size + 1) * piece_bytes
+        return 2 * LINE_BYTES * size + 2 * (size + 1) * piece_bytes
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum through shared memory; see `Transport.all_reduce`."""
         if source.nbytes <= self._small_bytes:
             self._sum_small(source, out)
             return
-
-        def copy(start: int, stop: int, total: Array) -> None:
-            out[start:stop] = total
-
-        self.all_reduce_pieces(source, out.dtype, copy)
+        self.all_reduce_pieces(source, out.dtype, copies_to(out))
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Sum through shared memory; see `Transport.all_reduce_pieces`."""
@@ -191,16 +184,6 @@ class HostTransport(Transport):
                 self._stage(source[stop : stop + step])
             self._added.await_all()
             sink(start, stop, total)
-
-    def window(self, private: Array) -> Window:
-        """Give memory that all ranks of the host see; see `Transport.window`."""
-        row_bytes = -(-private.nbytes // _LINE_BYTES) * _LINE_BYTES
-        memory = self._share(max(row_bytes * self._size, _LINE_BYTES))
-        if memory is None:
-            return Window((private,))
-        rows = memory.raw[: row_bytes * self._size].reshape(self._size, row_bytes)
-        shown = tuple(row[: private.nbytes].view(private.dtype) for row in rows)
-        return Window(shown, self._rank, True)
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum what lies in shared memory already; see `Transport.all_reduce_window`."""
@@ -265,24 +248,6 @@ class HostTransport(Transport):
         self._add_to_all(sources, outs, 0, own.size)
         self._added.raise_one()
         self._added.await_all()  # all segments are here, and all arrays have been read
-
-    def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Leave it to the transport beside."""
-        self._beside.broadcast(buffer, root)
-
-    def start_all_to_all(
-        self, sent: Mapping[int, Array], received: Mapping[int, Array]
-    ) -> Exchange:
-        """Leave it to the transport beside."""
-        return self._beside.start_all_to_all(sent, received)
-
-    def abort(self, why: str) -> None:
-        """Leave it to the transport beside."""
-        self._beside.abort(why)
-
-    def close(self) -> None:
-        """Close the transport beside; the memory goes when its last array does."""
-        self._beside.close()
 
     def _piece_for(self, n_bytes: int) -> int:
         """Cut small arrays into a few pieces, too, so that one is staged while one is added."""

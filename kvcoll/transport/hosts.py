@@ -14,7 +14,7 @@ written again once the counters say that all have read it; a rank that can do no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import final
 
 import numpy as np
@@ -22,12 +22,12 @@ import numpy as np
 from ..arrays import Array, DType, wide
 from ..sums import Adder
 from ..topology import Topology
-from .contract import Exchange, Sink, Transport, Window
+from .contract import Sink, Transport, Window, copies_to
 from .leg import Leg, LegSizes
 from .memory import SharedMemory
+from .sharing import LINE_BYTES, SharingTransport
 from .waiting import Waiting
 
-_LINE_BYTES = 64
 _STAGES = 3
 
 
@@ -46,7 +46,7 @@ class Stage:
     """
 
     def __init__(self, raw: Array, rank: int, counted: int) -> None:
-        words, step = raw.view(np.int64).data, _LINE_BYTES // 8
+        words, step = raw.view(np.int64).data, LINE_BYTES // 8
         self._mine = words[rank * step : rank * step + 1]
         self._words = [words[k * step : k * step + 1] for k in range(counted)]
         self._least = 0
@@ -63,7 +63,7 @@ class Stage:
 
 
 @final
-class HostsTransport(Transport):
+class HostsTransport(SharingTransport):
     """Sums over the ranks of a host through shared memory, and over hosts by a leg.
 
     Parameters
@@ -107,17 +107,14 @@ class HostsTransport(Transport):
         small_bytes: int,
         tree: bool = False,
     ) -> None:
-        self.topology = topology
-        here = topology.ranks_on(topology.host)
-        self._rank, self._size = here.index(topology.rank), len(here)
+        super().__init__(topology, beside, share)
         self._lanes = min(len(ranks) for ranks in topology.hosts)
-        self._beside, self._leg = beside, leg
-        self._share, self._waiting = share, waiting
+        self._leg, self._waiting = leg, waiting
         segment_bytes = self._segment_bytes = sizes.segment_bytes
         self._depth = sizes.depth
         self._small_bytes = small_bytes // topology.size
         self._slots = self._slots_for(sizes.depth)
-        lines = _LINE_BYTES * self._size
+        lines = LINE_BYTES * self._size
         raw, rank = memory.raw, self._rank
         self._staged = Stage(raw[:lines], rank, self._size)
         self._added = Stage(raw[lines : 2 * lines], rank, self._lanes)
@@ -144,7 +141,7 @@ class HostsTransport(Transport):
         """
         slot_bytes = lanes * sizes.segment_bytes
         n_slots = (size + 1) * cls._slots_for(sizes.depth)
-        return _STAGES * _LINE_BYTES * size + n_slots * slot_bytes
+        return _STAGES * LINE_BYTES * size + n_slots * slot_bytes
 
     @staticmethod
     def _slots_for(depth: int) -> int:
@@ -156,11 +153,7 @@ class HostsTransport(Transport):
         if source.nbytes <= self._small_bytes:
             self._beside.all_reduce(source, out)
             return
-
-        def copy(start: int, stop: int, total: Array) -> None:
-            out[start:stop] = total
-
-        self.all_reduce_pieces(source, out.dtype, copy)
+        self.all_reduce_pieces(source, out.dtype, copies_to(out))
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Stage and sum piece by piece; see `Transport.all_reduce_pieces`."""
@@ -169,16 +162,6 @@ class HostsTransport(Transport):
             return
         pieces = _Plain(source, self._step(source.dtype), self._rank)
         self._run(pieces, dtype, sink)
-
-    def window(self, private: Array) -> Window:
-        """Give memory that all ranks of the host see; see `Transport.window`."""
-        row_bytes = -(-private.nbytes // _LINE_BYTES) * _LINE_BYTES
-        memory = self._share(max(row_bytes * self._size, _LINE_BYTES))
-        if memory is None:
-            return Window((private,))
-        rows = memory.raw[: row_bytes * self._size].reshape(self._size, row_bytes)
-        shown = tuple(row[: private.nbytes].view(private.dtype) for row in rows)
-        return Window(shown, self._rank, True)
 
     def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
         """Sum what lies in shared memory already; see `Transport.all_reduce_window`."""
@@ -189,24 +172,6 @@ class HostsTransport(Transport):
         parts = [row[start:stop] for row in window.rows]
         dtype = window.own.dtype
         self._run(_InWindow(parts, self._step(dtype)), dtype, sink)
-
-    def broadcast(self, buffer: Array, root: int = 0) -> None:
-        """Leave it to the transport beside."""
-        self._beside.broadcast(buffer, root)
-
-    def start_all_to_all(
-        self, sent: Mapping[int, Array], received: Mapping[int, Array]
-    ) -> Exchange:
-        """Leave it to the transport beside."""
-        return self._beside.start_all_to_all(sent, received)
-
-    def abort(self, why: str) -> None:
-        """Leave it to the transport beside."""
-        self._beside.abort(why)
-
-    def close(self) -> None:
-        """Close the transport beside; the memory goes when its last array does."""
-        self._beside.close()
 
     def _run(self, pieces: _Pieces, dtype: DType, sink: Sink) -> None:
         """Bring all pieces through their stages, each as soon as it may."""
