@@ -1,4 +1,9 @@
-"""Starts a fresh MPI job of Python processes that owes nothing to the job it is started in."""
+"""Starts a fresh MPI job of Python processes that owes nothing to the job it is started in.
+
+Rules of this file
+- Each rank writes to files of its own, which are read when the job has ended: an mpirun mixes what
+  ranks print, even within lines, and loses the end of it when the job is aborted.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -16,10 +22,15 @@ OF_A_LAUNCHER: Final = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "M
 OF_THE_USER: Final = ("OMPI_ALLOW_", "OMPI_MCA_osc", "OMPI_MCA_btl", "OMPI_MCA_mpi_yield_when_idle")
 TO_END_S: Final = 3.0  # what mpirun has to end its ranks after a polite signal
 SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
+# sh -c THIS FOLDER PROGRAM...: becomes the program, its output in the folder's files of this rank.
+TO_OWN_FILES: Final = (
+    'at="$0/$(printf %06d "${OMPI_COMM_WORLD_RANK-$PMI_RANK}")"; '
+    'exec "$@" >>"$at.stdout" 2>>"$at.stderr"'
+)
 
 
 class Job(NamedTuple):
-    """What became of a job."""
+    """What became of a job; what it said is in the order of its ranks, then comes mpirun's own."""
 
     returncode: int
     stdout: str
@@ -34,10 +45,37 @@ def run_job(
 
     `env` is added to the environment. The limit of the test itself must be the longer one.
     """
-    command = [*_launcher(ranks), sys.executable, *map(str, arguments)]
+    with tempfile.TemporaryDirectory(prefix="kvcoll-job-") as folder:
+        job = _run(ranks, ["sh", "-c", TO_OWN_FILES, folder], arguments, timeout_s, env or {})
+        return job._replace(
+            stdout=_said(folder, "stdout") + job.stdout, stderr=_said(folder, "stderr") + job.stderr
+        )
+
+
+def run_job_through_mpirun(
+    ranks: int, *arguments: str | Path, timeout_s: float = 40.0, env: dict[str, str] | None = None
+) -> Job:
+    """Run a job as `run_job`, with its output as mpirun passes it on: lines of ranks may mix."""
+    return _run(ranks, [], arguments, timeout_s, env or {})
+
+
+def _said(folder: str, stream: str) -> str:
+    """Return what all ranks wrote to a stream, rank by rank."""
+    return "".join(path.read_text() for path in sorted(Path(folder).glob(f"*.{stream}")))
+
+
+def _run(
+    ranks: int,
+    by: list[str],
+    arguments: tuple[str | Path, ...],
+    timeout_s: float,
+    env: dict[str, str],
+) -> Job:
+    """Run Python on some ranks by way of the command `by`."""
+    command = [*_launcher(ranks), *by, sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,
-        env=clean_environment() | _sharing_cores(ranks) | (env or {}),
+        env=clean_environment() | _sharing_cores(ranks) | env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
