@@ -18,6 +18,7 @@ PACKAGE = Path(kvcoll.__file__).parent
 FLOORS = {
     "_version": 0,
     "errors": 0,
+    "last_words": 0,
     "topology": 0,
     "base": 1,
     "dlpack": 1,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mpi_job import Job
+from mpi_job import Job, run_job_through_mpirun
 from mpi_watchdog import ABORT_CODE
 
 pytestmark = [pytest.mark.single, pytest.mark.limit(90)]
@@ -57,10 +57,11 @@ MIXED = """
 """
 
 
-def run_suite(
-    mpirun: Callable[..., Job], folder: Path, ranks: int, code: str, *options: str
-) -> Job:
-    """Run a suite of one file, with short limits; none may be ended from outside."""
+def run_suite(folder: Path, ranks: int, code: str, *options: str) -> Job:
+    """Run a suite of one file, with short limits; none may be ended from outside.
+
+    What it says comes through mpirun, as people see it, and the end of it must not be lost.
+    """
     (folder / "pytest.ini").write_text(textwrap.dedent(SETTINGS))
     (folder / "test_small.py").write_text("import pytest\n" + textwrap.dedent(code))
     env = {
@@ -70,21 +71,21 @@ def run_suite(
         "KVCOLL_TEST_GRACE_S": "1",
         "KVCOLL_TEST_COUNTS": str(folder / "counts"),
     }
-    arguments = ("-m", "pytest", "--color=no", f"--rootdir={folder}", *options, folder)
-    job = mpirun(ranks, *arguments, env=env)
+    arguments = ("--color=no", f"--rootdir={folder}", *options)
+    job = run_job_through_mpirun(ranks, "-m", "pytest", *arguments, folder, env=env)
     print(job.stdout, job.stderr, sep="\n")
     assert not job.timed_out
     return job
 
 
 @pytest.fixture
-def suite(mpirun: Callable[..., Job], tmp_path: Path) -> Suite:
-    return functools.partial(run_suite, mpirun, tmp_path)
+def suite(comm: object, tmp_path: Path) -> Suite:
+    return functools.partial(run_suite, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def mixed(mpirun: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return run_suite(mpirun, tmp_path_factory.mktemp("mixed"), 3, MIXED)
+def mixed(comm: object, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return run_suite(tmp_path_factory.mktemp("mixed"), 3, MIXED)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -210,6 +211,33 @@ def test_a_stall_ends_with_the_stacks_of_all_ranks_and_what_had_failed(
     assert "an earlier failure" in job.stderr
 
 
+@pytest.mark.long
+def test_the_last_words_wait_for_an_mpirun_that_is_busy(suite: Suite) -> None:
+    # What started the ranks is stopped until after the time at which they would abort.
+    job = suite(
+        2,
+        """
+        import os, signal, subprocess, time
+
+        def test_failed_before(): assert False, "an earlier failure" + "." * 20_000 + "told whole"
+
+        @pytest.mark.limit(1)
+        def test_stalls(comm, rank):
+            if rank == 0:
+                os.kill(os.getppid(), signal.SIGSTOP)
+                subprocess.Popen(["sh", "-c", f"sleep 3.4; kill -CONT {os.getppid()}"])
+            time.sleep(1000)
+        """,
+    )
+    assert job.returncode == ABORT_CODE
+    for rank in range(2):
+        assert f"[rank {rank} of 2] test_small.py::test_stalls" in job.stderr
+    assert "an earlier failure" in job.stderr
+    assert "told whole" in job.stderr
+    assert "The job ends here: test_small.py::test_stalls reached its limit of 1 s" in job.stderr
+
+
+@pytest.mark.long
 def test_a_rank_that_sleeps_with_the_lock_of_python_held_ends_too(suite: Suite) -> None:
     job = suite(
         2,

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
+from ..last_words import say_last
 from ..sums import Adder
 from ..topology import Topology
 from .contract import Exchange, Messenger, Pending, Sink, Transport, Window
@@ -317,7 +318,7 @@ class MpiTransport(Transport):
     def abort(self, why: str) -> NoReturn:
         """Say why on stderr, and end the job (MPI_Abort)."""
         where = f"rank {self.topology.rank} of {self.topology.size}"
-        print(f"kvcoll: {where}: {why}: the job ends", file=sys.stderr, flush=True)
+        say_last(f"kvcoll: {where}: {why}: the job ends")
         self._comm.Abort(1)
         raise SystemExit(1)
 
