@@ -10,6 +10,7 @@ from .base import KVStoreBase
 from .checkpoint import Checkpoint, load
 from .create import create
 from .sparse import RowSparse
+from .stop import StopSignals
 from .store import KVStore
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "KVStore",
     "KVStoreBase",
     "RowSparse",
+    "StopSignals",
     "__version__",
     "create",
     "errors",

@@ -60,6 +60,8 @@ _NO_VALUE = object()
 _RESIDUAL = "residual:"
 _CAPABILITIES = (KVStoreBase.OPTIMIZER,)
 _BARRIER = Call("barrier()", digest("barrier"))
+_ANY_RANK = Call("any_rank()", digest("any_rank"))
+_YES = 1
 _MOST_PLANS = 4096
 _MOST_VARIANTS = 64
 _SET_UPDATER = Call("set_updater()", digest("set_updater"))
@@ -938,6 +940,32 @@ KeyKindError, ArrayError
         """Do as `barrier`: MXNet's name for it."""
         self.barrier()
 
+    def any_rank(self, condition: bool) -> bool:
+        """Say whether a condition holds on any rank: the same answer on all of them.
+
+        For decisions that all ranks must take alike: whether to stop (see `StopSignals`), to
+        save, to leave out a batch.
+
+        Parameters
+        ----------
+        condition : bool
+            What holds on this rank; anything that has a truth value. A rank at the end of
+            `join` has none, and counts as false.
+
+        Raises
+        ------
+        RanksDisagreeError
+            Another rank calls something else.
+
+        Notes
+        -----
+        Cost: one agreement, as of `barrier`. As there, all pushes are complete then.
+        """
+        with self._guard:
+            with self._checked("any_rank()"):
+                flag = _YES if condition else 0
+            return bool(self._agreement.confirm(_ANY_RANK, flag) & _YES)
+
     @contextmanager
     def join(self) -> Iterator[None]:
         """Let the others go on when this rank has no more batches; called by all ranks.
@@ -952,8 +980,9 @@ KeyKindError, ArrayError
         ------
         RanksDisagreeError
             At the end of the block, and in the other ranks' call: they call something
-            else than `push`, `pushpull`, `barrier` and what is local, or of another store,
-            or have changed a setting of the optimizer that this rank does not know of.
+            else than `push`, `pushpull`, `barrier`, `any_rank` and what is local, or of
+            another store, or have changed a setting of the optimizer that this rank does
+            not know of.
         KVCollError
             What a push of the others has raised on all ranks.
 
@@ -1044,12 +1073,12 @@ KeyKindError, ArrayError
 
     def _take_part(self, call: Call) -> None:
         """Do what the other ranks do, with nothing of this rank's own."""
-        if call.name == _BARRIER.name:
-            self._agreement.confirm(_BARRIER)
+        if call.name in (_BARRIER.name, _ANY_RANK.name):
+            self._agreement.confirm(_BARRIER if call.name == _BARRIER.name else _ANY_RANK)
         elif call.keys is None:
             error = RanksDisagreeError(
                 f"rank {self.rank} is at the end of join(), others called {call.name}: only push, "
-                "pushpull and barrier can be called once a rank has come to the end"
+                "pushpull, barrier and any_rank can be called once a rank has come to the end"
             )
             self._agreement.refuse("the end of join()", error)
         else:

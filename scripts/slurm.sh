@@ -22,9 +22,10 @@ from mpi4py import MPI
 print(MPI.get_vendor()[0])'
 }
 
-# kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code.
+# kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code. A SIGUSR1 that
+# comes to this shell goes on to all ranks, and is remembered.
 kvcoll_launch() {
-    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command
+    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command started code
     name=$(_kvcoll_mpi_name) || return
     [ "$name" != 'Open MPI' ] || mpi_type=pmix
     if [ -z "$launcher" ]; then
@@ -55,7 +56,28 @@ kvcoll_launch() {
     export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx} # ucx: one-sided calls abort where no fabric is
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from the job
     echo "+ ${command[*]} python $*"
-    "${command[@]}" "$(command -v python)" "$@"
+    kvcoll_was_asked=
+    "${command[@]}" "$(command -v python)" "$@" & # beside this shell, which else would hear of no signal
+    started=$!
+    trap 'kvcoll_was_asked=yes; kill -USR1 "$started"' USR1
+    while kill -0 "$started" 2>/dev/null; do # a wait ends with each signal
+        wait "$started"
+    done
+    wait "$started"
+    code=$?
+    trap '' USR1
+    return "$code"
+}
+
+# kvcoll_end CODE: ends the job with the code of kvcoll_launch; or, if the program has stopped for a SIGUSR1
+# (codes of programs that have come to their end, well or badly, are 0, 1 and 2), has SLURM queue it again.
+kvcoll_end() {
+    if [ -n "$kvcoll_was_asked" ] && [ "$1" -gt 2 ]; then
+        echo "kvcoll: job $SLURM_JOB_ID stopped before its time limit: queued again"
+        scontrol requeue "$SLURM_JOB_ID" && exit "$1"
+        echo "kvcoll: SLURM does not queue it again (see above): sbatch it once more to go on" >&2
+    fi
+    exit "$1"
 }
 
 _kvcoll_find_python

@@ -14,7 +14,8 @@ Rules of the file:
 - `kv` holds the parameters and updates them. `sums` has no updater: what is pushed to it comes
   back as the sum over the ranks, which serves for losses, hits and digests.
 
-Exit codes: 0 done; 1 the target accuracy is missed, or replicas differ; 2 a wrong option or file.
+Exit codes: 0 done; 1 the target accuracy is missed, or replicas differ; 2 a wrong option or
+file; 75 stopped by a signal, with a checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -84,13 +86,19 @@ def main() -> int:
     args = parse_args()
     waits = args.kv_store.lower().replace("dist_async", "dist_sync")  # for sums at once
     with (
+        train_checkpoint.Stop(args) as stop,
         kvcoll.create(args.kv_store, overlap=args.overlap) as kv,
         kvcoll.create(waits) as sums,
     ):
-        return run(args, kv, sums)
+        return run(args, kv, sums, stop)
 
 
-def run(args: argparse.Namespace, kv: kvcoll.KVStore, sums: kvcoll.KVStore) -> int:
+def run(
+    args: argparse.Namespace,
+    kv: kvcoll.KVStore,
+    sums: kvcoll.KVStore,
+    stop: train_checkpoint.Stop,
+) -> int:
     """Train, report, prove that all replicas are the same bits, and write the files."""
     train, test = load_samples()
     params = init_params([train.pixels.shape[1], *args.hidden, 10], args.seed)
@@ -98,10 +106,13 @@ def run(args: argparse.Namespace, kv: kvcoll.KVStore, sums: kvcoll.KVStore) -> i
 
     say(kv, describe_run(args, kv, params, train, test))
     epochs = []
-    for epoch in with_progress_bar(args, kv, fit(args, kv, sums, params, train, test)):
+    for epoch in with_progress_bar(args, kv, fit(args, kv, sums, stop, params, train, test)):
         epochs.append(epoch)
         if epoch.number % math.ceil(args.epochs / 20) == 0 or epoch.number == args.epochs:
             say(kv, describe_epoch(epoch, len(train.digits)))
+    if stop.agreed:
+        say(kv, stop.describe(args))
+        return train_checkpoint.STOPPED
     say(kv, describe_end(args, epochs, len(train.digits)))
 
     digests = gather(sums, "digests", digest(params))
@@ -117,36 +128,49 @@ def fit(
     args: argparse.Namespace,
     kv: kvcoll.KVStore,
     sums: kvcoll.KVStore,
+    stop: train_checkpoint.Stop,
     params: Params,
     train: Samples,
     test: Samples,
 ) -> Iterator[Epoch]:
-    """Train `params` in place; yield where it stands before the first epoch and after each."""
+    """Train `params` in place; yield where it stands before the first epoch and after each.
+
+    Once the ranks agree to stop, it saves and ends.
+    """
     names, values = list(params), list(params.values())
     kv.init(names, values)
     kv.set_optimizer(create_optimizer(args))
     kv.set_gradient_compression(compression(args))
-    epochs = [Epoch(**epoch) for epoch in train_checkpoint.resume(args, kv)]
+    so_far = train_checkpoint.resume(args, kv)
+    epochs = [Epoch(**epoch) for epoch in so_far.epochs]
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
 
     sums.init("score", np.zeros(2))
     epochs = epochs or [Epoch(0, *score(sums, params, train, test))]
     yield from epochs
+    so_far.epochs = [dataclasses.asdict(epoch) for epoch in epochs]
     for number in range(epochs[-1].number + 1, args.epochs + 1):
-        started_s, store_s = perf_counter(), 0.0
-        for batch in shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)):
+        started_s = perf_counter() - so_far.train_s
+        batches = shuffled_batches(len(train.digits), args.batch_size, (args.seed, number))
+        for batch in itertools.islice(batches, so_far.steps, None):
             share = batch[kv.rank :: kv.num_workers]
             gradients = backward(params, train.pixels[share], train.digits[share])
             pushed_s = perf_counter()
             kv.push(names, [gradients[name] for name in names])
             kv.pull(names, out=values)
-            store_s += perf_counter() - pushed_s
+            so_far.store_s += perf_counter() - pushed_s
+            so_far.steps += 1
+            if stop.agree(kv, so_far.steps):
+                so_far.train_s = perf_counter() - started_s
+                train_checkpoint.save(args, kv, so_far, wait=True)
+                return
         kv.barrier()  # where pushes are late, they are applied now
         kv.pull(names, out=values)
         train_s = perf_counter() - started_s
-        epochs = [*epochs, Epoch(number, *score(sums, params, train, test), train_s, store_s)]
-        train_checkpoint.save(args, kv, [dataclasses.asdict(epoch) for epoch in epochs])
-        yield epochs[-1]
+        epoch = Epoch(number, *score(sums, params, train, test), train_s, so_far.store_s)
+        so_far = train_checkpoint.Progress([*so_far.epochs, dataclasses.asdict(epoch)])
+        train_checkpoint.save(args, kv, so_far, wait=False)
+        yield epoch
 
 
 def create_optimizer(args: argparse.Namespace) -> kvcoll.optimizer.Optimizer:

@@ -1,8 +1,9 @@
-"""The job scripts train under a real SLURM; a launcher of another MPI is an error at once."""
+"""The job scripts train under a real SLURM, stop and go on; a wrong launcher is an error."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,8 @@ import pytest
 from cluster.hosts import CHECKOUT, pretend_hosts
 from cluster.slurm import Ended, Slurm, slurm_on
 from mpi_job import is_open_mpi
+
+import kvcoll
 
 pytestmark = [pytest.mark.single, pytest.mark.limit(120), pytest.mark.long]
 
@@ -91,6 +94,48 @@ def test_a_job_whose_training_fails_has_failed(slurm: Slurm) -> None:
     ended = slurm.sbatch("--nodes=1", TRAIN, "--epochs", "1", "--target-accuracy", "1")
     assert ended.states == ["FAILED 1:0"], ended
     assert "missed: test accuracy is below the target" in ended.outputs[0]
+
+
+# Of 180 steps an epoch: long enough to be signalled in the midst of it.
+MANY_STEPS: Final = ("--batch-size", "8", "--epochs", "10", "--optimizer", "adam")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_a_job_that_is_told_to_stop_saves_is_queued_again_and_ends_as_if_never_stopped(
+    slurm: Slurm, launcher: str
+) -> None:
+    env = {"KVCOLL_LAUNCHER": launcher}
+    whole = slurm.sbatch(TRAIN, *MANY_STEPS, env=env)
+    job = slurm.submit(TRAIN, *MANY_STEPS, env=env)
+    assert job.wait_for("\n    1  ", 40), job.texts()  # the line of the first epoch
+    # As SLURM does for #SBATCH --signal=B:USR1@60, a minute before the end.
+    signalled = slurm.on_kv1("scancel", "--batch", "--signal=USR1", job.number)
+    assert signalled.returncode == 0, signalled
+    ended = slurm.ended(job)
+    assert ended.states == ["COMPLETED 0:0"], ended
+    (said,) = ended.outputs
+    assert "queued again" in said
+    assert re.search(r"resumed   \S+, after epoch [1-9] and \d+ steps\n", said), said
+    found, expected = (re.search(r"blake2b \w+", text) for text in (said, whole.outputs[0]))
+    assert found
+    assert expected
+    assert found[0] == expected[0]
+    versions = [
+        kvcoll.load(slurm.hosts.folder / "checkpoints" / number)[1].version
+        for number in (str(int(job.number) - 1), job.number)
+    ]
+    assert versions == [10 * 180] * 2
+
+
+def test_a_job_is_told_to_stop_before_its_time_limit_comes(slurm: Slurm) -> None:
+    endless = ("--epochs", "1000000", "--target-accuracy", "0")
+    job = slurm.submit("--nodes=1", "--time=1", TRAIN, *endless)
+    try:
+        assert job.wait_for("resumed   ", 100), job.texts()  # SLURM looks at limits each 30 s
+    finally:
+        slurm.on_kv1("scancel", job.number)
+    slurm.ended(job)
+    assert "stopped before its time limit: queued again" in job.texts()[0]
 
 
 def test_a_launcher_that_is_not_known_is_named(slurm: Slurm) -> None:

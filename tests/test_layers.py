@@ -24,6 +24,7 @@ FLOORS = {
     "dlpack": 1,
     "files": 1,
     "lr_scheduler": 1,
+    "stop": 1,
     "arrays": 2,
     "schema": 3,
     "sums": 3,

@@ -1,4 +1,4 @@
-"""scripts/train.py goes on after a kill, and ends with the bits of a run that was let be."""
+"""scripts/train.py goes on after a kill or a stop, with the bits of a run that was let be."""
 
 from __future__ import annotations
 
@@ -109,3 +109,62 @@ def test_what_cannot_be_resumed_is_said_once_by_all_ranks(mpirun: Start, tmp_pat
     lone = start(mpirun, 1, SCRIPTS / "train.py", "--resume")
     assert lone.returncode == 2
     assert "--resume goes with --checkpoint DIR" in lone.stderr
+
+
+# Signals itself in the middle of the given step, on one rank alone.
+SIGNALLED = """
+import os, sys
+import train
+from mpi4py import MPI
+
+steps, last, signal = [], int(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+def backward(*arguments, honest=train.backward):
+    steps.append(1)
+    if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1 and len(steps) == last:
+        os.kill(os.getpid(), signal)
+    return honest(*arguments)
+
+train.backward = backward
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "kind"),
+    [(signal.SIGTERM, "dist_sync"), (signal.SIGUSR1, "dist_sync"), (signal.SIGUSR1, "dist_async")],
+)
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_rest_gives_the_same_bits(
+    mpirun: Start, tmp_path: Path, signal_number: signal.Signals, kind: str
+) -> None:
+    more = ("--kv-store", kind, "--optimizer", "adam")
+    path = tmp_path / "run"
+    stopped = start(
+        mpirun, 2, "-c", SIGNALLED, "30", str(int(signal_number)), *options(path, *more)
+    )
+    assert stopped.returncode == 75, stopped
+    assert f"go on with --checkpoint {path} --resume" in stopped.stdout
+    assert "epoch  train" in stopped.stdout
+    numbers = tmp_path / "numbers.json"
+    rest = options(path, *more, "--resume", "--json", str(numbers))
+    resumed = start(mpirun, 2, SCRIPTS / "train.py", *rest)
+    assert resumed.returncode == 0, resumed.stderr
+    # Of 23 steps an epoch it was the 7th of the second; with late pushes each tenth one asks.
+    steps = 10 if kind == "dist_async" else 7
+    assert f"after epoch 1 and {steps} steps\n" in resumed.stdout
+    assert [epoch["number"] for epoch in json.loads(numbers.read_text())["epochs"]] == list(
+        range(7)
+    )
+    if kind == "dist_sync":  # with late pushes no two runs have the same bits
+        whole = start(mpirun, 2, SCRIPTS / "train.py", *options(tmp_path / "whole", *more))
+        assert bits(resumed) == bits(whole)
+
+
+def test_without_a_checkpoint_a_signal_ends_the_program_as_any_other(
+    mpirun: Start, tmp_path: Path
+) -> None:
+    number = str(int(signal.SIGUSR1))
+    job = start(mpirun, 1, "-c", SIGNALLED, "5", number, "--target-accuracy", "0")
+    assert not job.timed_out
+    assert job.returncode not in (0, 75)
+    assert "replicas:" not in job.stdout

@@ -45,6 +45,26 @@ class Ended(NamedTuple):
     outputs: list[str]
 
 
+class Submitted(NamedTuple):
+    """A batch job: its number, and the folder of what it prints."""
+
+    number: str
+    outputs: Path
+
+    def texts(self) -> list[str]:
+        """Return what each job of it has printed so far."""
+        return [path.read_text() for path in sorted(self.outputs.iterdir())]
+
+    def wait_for(self, words: str, timeout_s: float) -> bool:
+        """Wait until its output has these words; say whether it has."""
+        end_s = time.monotonic() + timeout_s
+        while not any(words in text for text in self.texts()):
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(LOOKS_EVERY_S)
+        return True
+
+
 @final
 class Slurm:
     """Nodes kv1, kv2 and so on; jobs are submitted on kv1, by default in the checkout's folder."""
@@ -62,8 +82,31 @@ class Slurm:
         """Run a command such as srun; the Python of this process comes first on PATH."""
         told = clean_environment() | environment_of(self.hosts.folder) | OF_CROWDED_CORES
         told |= {"PATH": f"{Path(sys.executable).parent}:{PATH}", "PYTHONPATH": str(CHECKOUT)}
+        told["KVCOLL_CHECKPOINTS"] = str(self.hosts.folder / "checkpoints")
         words = [str(SCRIPT), "on", "kv1", "env", f"--chdir={folder}", *map(str, command)]
         return run(words, env=told | (env or {}), timeout_s=timeout_s)
+
+    def submit(
+        self, *arguments: str | Path, env: dict[str, str] | None = None, folder: Path = CHECKOUT
+    ) -> Submitted:
+        """Submit a job to sbatch, and return at once."""
+        outputs = Path(tempfile.mkdtemp(dir=self.hosts.folder))
+        command = ("sbatch", "--parsable", f"--output={outputs}/%j.out", *arguments)
+        submitted = self.on_kv1(*command, env=env, folder=folder)
+        assert submitted.returncode == 0, submitted
+        return Submitted(submitted.stdout.strip(), outputs)
+
+    def ended(self, job: Submitted, timeout_s: float = 60.0) -> Ended:
+        """Wait for the end of a job; one that is late is cancelled."""
+        end_s = time.monotonic() + timeout_s
+        while self.on_kv1("squeue", "--noheader", "--jobs", job.number).stdout.strip():
+            if time.monotonic() > end_s:
+                self.on_kv1("scancel", job.number)
+                end_s += 10
+            time.sleep(LOOKS_EVERY_S)
+        shown = self.on_kv1("scontrol", "--oneliner", "show", "job", job.number).stdout
+        states = re.findall(r"JobState=(\S+).* ExitCode=(\S+)", shown)
+        return Ended([" ".join(state) for state in states], job.texts())
 
     def sbatch(
         self,
@@ -73,21 +116,7 @@ class Slurm:
         folder: Path = CHECKOUT,
     ) -> Ended:
         """Submit a job, and wait for its end; one that is late is cancelled."""
-        outputs = Path(tempfile.mkdtemp(dir=self.hosts.folder))
-        command = ("sbatch", "--parsable", f"--output={outputs}/%j.out", *arguments)
-        submitted = self.on_kv1(*command, env=env, folder=folder)
-        assert submitted.returncode == 0, submitted
-        number = submitted.stdout.strip()
-        end_s = time.monotonic() + timeout_s
-        while self.on_kv1("squeue", "--noheader", "--jobs", number).stdout.strip():
-            if time.monotonic() > end_s:
-                self.on_kv1("scancel", number)
-                end_s += 10
-            time.sleep(LOOKS_EVERY_S)
-        shown = self.on_kv1("scontrol", "--oneliner", "show", "job", number).stdout
-        states = re.findall(r"JobState=(\S+).* ExitCode=(\S+)", shown)
-        texts = [path.read_text() for path in sorted(outputs.iterdir())]
-        return Ended([" ".join(state) for state in states], texts)
+        return self.ended(self.submit(*arguments, env=env, folder=folder), timeout_s)
 
 
 @contextmanager

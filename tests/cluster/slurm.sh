@@ -34,14 +34,15 @@ at() {
 write_settings() {
     local n=$1 gpus=${KVCOLL_CLUSTER_GPUS:-0} i
     mkdir -p "$run"/{state,log}
-    # linuxproc and task/none: pretend hosts have no cgroups of their own.
+    # linuxproc and task/none: pretend hosts have no cgroups of their own. cred_expire is also how long a
+    # job that is queued again must wait.
     cat >"$run/slurm.conf" <<END
 ClusterName=kvcoll
 SlurmctldHost=kv1
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$run/munge.sock
+AuthInfo=socket=$run/munge.sock,cred_expire=5
 StateSaveLocation=$run/state
 SlurmdSpoolDir=$run/spool-%n
 SlurmctldPidFile=$run/slurmctld.pid
