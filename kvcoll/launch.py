@@ -268,6 +268,9 @@ class _Behind(Launch):
         As for `Backlog`.
     """
 
+    #: Whether every rank knows by itself what is next.
+    _all_lead = False
+
     def __init__(self, engine: Engine, *, leads: bool, agree: Callable[[int], int]) -> None:
         self._engine = engine
         self._begin(leads=leads, agree=agree)
@@ -286,7 +289,7 @@ class _Behind(Launch):
 
     def move(self, topology: Topology, agreement: Agreement) -> None:
         """Begin anew."""
-        self._begin(leads=topology.rank == 0, agree=self._agree)
+        self._begin(leads=self._all_lead or topology.rank == 0, agree=self._agree)
 
     @final
     def drain(self) -> None:
@@ -432,6 +435,7 @@ class Late(_Behind):
     """
 
     is_beside = True
+    _all_lead = True
 
     def __init__(self, engine: Engine, agreement: Agreement, *, staleness: int) -> None:
         # Jobs run by their numbers, which are the same everywhere: nobody need be asked.
