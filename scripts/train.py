@@ -4,6 +4,7 @@
     python scripts/train.py --kv-store local
     mpirun -np 4 python scripts/train.py --plot curve.png --weights digits.safetensors
     mpirun -np 4 python scripts/train.py --checkpoint run --resume
+    mpirun --with-ft ulfm -np 4 python scripts/train.py --elastic
 
 Rules of the file:
 
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import train_checkpoint
+import train_elastic
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -87,8 +88,8 @@ def main() -> int:
     waits = args.kv_store.lower().replace("dist_async", "dist_sync")  # for sums at once
     with (
         train_checkpoint.Stop(args) as stop,
-        kvcoll.create(args.kv_store, overlap=args.overlap) as kv,
-        kvcoll.create(waits) as sums,
+        kvcoll.create(args.kv_store, overlap=args.overlap, elastic=args.elastic) as kv,
+        kvcoll.create(waits, elastic=args.elastic) as sums,
     ):
         return run(args, kv, sums, stop)
 
@@ -146,31 +147,61 @@ def fit(
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
 
     sums.init("score", np.zeros(2))
+    train_elastic.prepare(args, sums)
     epochs = epochs or [Epoch(0, *score(sums, params, train, test))]
     yield from epochs
     so_far.epochs = [dataclasses.asdict(epoch) for epoch in epochs]
-    for number in range(epochs[-1].number + 1, args.epochs + 1):
-        started_s = perf_counter() - so_far.train_s
-        batches = shuffled_batches(len(train.digits), args.batch_size, (args.seed, number))
-        for batch in itertools.islice(batches, so_far.steps, None):
-            share = batch[kv.rank :: kv.num_workers]
-            gradients = backward(params, train.pixels[share], train.digits[share])
-            pushed_s = perf_counter()
-            kv.push(names, [gradients[name] for name in names])
-            kv.pull(names, out=values)
-            so_far.store_s += perf_counter() - pushed_s
-            so_far.steps += 1
-            if stop.agree(kv, so_far.steps):
-                so_far.train_s = perf_counter() - started_s
-                train_checkpoint.save(args, kv, so_far, wait=True)
+    while len(so_far.epochs) <= args.epochs:
+        try:
+            epoch = train_epoch(args, kv, sums, stop, params, train, test, so_far)
+            if epoch is None:
                 return
-        kv.barrier()  # where pushes are late, they are applied now
+            so_far = train_checkpoint.Progress([*so_far.epochs, dataclasses.asdict(epoch)])
+            train_checkpoint.save(args, kv, so_far, wait=False)
+        except kvcoll.errors.RankLostError as error:
+            if not args.elastic:
+                raise
+            done = train_elastic.go_on(kv, sums, len(so_far.epochs), error)
+            so_far = train_checkpoint.Progress(so_far.epochs[:done])
+        else:
+            yield epoch
+
+
+def train_epoch(
+    args: argparse.Namespace,
+    kv: kvcoll.KVStore,
+    sums: kvcoll.KVStore,
+    stop: train_checkpoint.Stop,
+    params: Params,
+    train: Samples,
+    test: Samples,
+    so_far: train_checkpoint.Progress,
+) -> Epoch | None:
+    """Train from the store's version to the end of the epoch; return where it stands then.
+
+    None if the ranks have agreed to stop before, and have saved.
+    """
+    names, values = list(params), list(params.values())
+    number, batches = len(so_far.epochs), math.ceil(len(train.digits) / args.batch_size)
+    kv.pull(names, out=values)
+    started_s = perf_counter() - so_far.train_s
+    order = list(shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)))
+    while kv.version < number * batches:
+        share = order[kv.version % batches][kv.rank :: kv.num_workers]
+        gradients = backward(params, train.pixels[share], train.digits[share])
+        pushed_s = perf_counter()
+        kv.push(names, [gradients[name] for name in names])
         kv.pull(names, out=values)
-        train_s = perf_counter() - started_s
-        epoch = Epoch(number, *score(sums, params, train, test), train_s, so_far.store_s)
-        so_far = train_checkpoint.Progress([*so_far.epochs, dataclasses.asdict(epoch)])
-        train_checkpoint.save(args, kv, so_far, wait=False)
-        yield epoch
+        so_far.store_s += perf_counter() - pushed_s
+        so_far.steps = kv.version - (number - 1) * batches
+        if stop.agree(kv, so_far.steps):
+            so_far.train_s = perf_counter() - started_s
+            train_checkpoint.save(args, kv, so_far, wait=True)
+            return None
+    kv.barrier()  # where pushes are late, they are applied now
+    kv.pull(names, out=values)
+    train_s = perf_counter() - started_s
+    return Epoch(number, *score(sums, params, train, test), train_s, so_far.store_s)
 
 
 def create_optimizer(args: argparse.Namespace) -> kvcoll.optimizer.Optimizer:
@@ -466,6 +497,7 @@ def parse_args() -> argparse.Namespace:
         help="auto: a bar on a terminal; bar: also where mpirun hides the terminal",
     )
     train_checkpoint.add_options(parser)
+    train_elastic.add_options(parser)
     add("--start-from", type=Path, metavar="FILE", help="start from these weights")
     add("--weights", type=Path, metavar="FILE", help="write the weights, as safetensors")
     add("--json", type=Path, metavar="FILE", help="write the numbers of every epoch")
