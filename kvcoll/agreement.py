@@ -36,6 +36,7 @@ from .errors import (
     rebuild,
     text_of,
 )
+from .transport.alarm import Alarm
 from .transport.contract import Messenger
 
 _STATE = struct.Struct("<QQQ")  # digest, number of the agreement, flags
@@ -258,6 +259,8 @@ class AcrossRanks(Agreement):
     Parameters
     ----------
     messenger : Messenger
+    alarm : Alarm or None, default None
+        Why no rank need be asked any more.
     idle : callable, optional
         Called over and over while a farewell is under way; it may push that on.
     one_error_ends : bool, default False
@@ -268,12 +271,14 @@ class AcrossRanks(Agreement):
     def __init__(
         self,
         messenger: Messenger,
+        alarm: Alarm | None = None,
         idle: Callable[[], None] | None = None,
         *,
         one_error_ends: bool = False,
     ) -> None:
         self._one_error_ends = one_error_ends
         self._messenger = messenger
+        self._alarm = alarm or Alarm()
         self._idle = idle or _nap
         self._is_held = False
         topology = messenger.topology
@@ -449,6 +454,8 @@ class AcrossRanks(Agreement):
             self.settle()
         if self._ended:
             raise RankLeftError(self._ended)
+        if self._alarm.error is not None:
+            self._alarm.check()
         number = self._number
         self._number = number + 1
         sent, received = self._sent, self._received

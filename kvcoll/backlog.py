@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import final
 
-from .errors import RankFailedError, text_of
+from .errors import RankFailedError, WaitEndedError, text_of
 
 
 @dataclass(eq=False)
@@ -176,6 +176,10 @@ class Backlog:
         except SharedError as shared:
             with self._changed:
                 self._shared = shared.error
+                self._changed.notify_all()
+        except WaitEndedError as ended:  # so will the other ranks learn
+            with self._changed:
+                self._shared = ended
                 self._changed.notify_all()
         except BaseException as error:  # the other ranks wait in the job: end, and tell the caller
             with self._changed:

@@ -26,6 +26,7 @@ from .store import KVStore
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .transport.losses import Losses
 from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class _Link:
     comm: MPI.Intracomm
     topology: Topology
     ranks: AcrossRanks
+    losses: Losses
 
 
 _links: list[_Link] = []
@@ -242,9 +244,11 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
     link.ranks.confirm(call)
     try:
-        own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
+        own = link.comm if world is None else mpi.duplicate(link.comm, limit_s, link.losses)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
-        transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
+        transport = transport_for(
+            own, link.topology, link.losses, tree=options.reproducible, patient=patient
+        )
         its_link = _async_link(own, link) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
@@ -272,18 +276,22 @@ def _async_link(own: MPI.Intracomm, link: _Link) -> _Link:
     """Make the link of one store, whose thread agrees while the caller uses others."""
     from .transport import mpi
 
-    messenger = mpi.MpiMessenger(own, link.topology, Waiting.patient())
-    ranks = AcrossRanks(messenger, farewell.advance, one_error_ends=True)
-    return _Link(own, link.topology, ranks)
+    losses = link.losses
+    messenger = mpi.MpiMessenger(own, link.topology, Waiting.patient(losses.alarm), losses)
+    ranks = AcrossRanks(messenger, losses.alarm, farewell.advance, one_error_ends=True)
+    return _Link(own, link.topology, ranks, losses)
 
 
 def _new_link(comm: Any, limit_s: float) -> _Link:
     from .transport import mpi
 
     own = mpi.duplicate(comm, limit_s)
-    topology = mpi.topology_of(own)
+    losses = mpi.losses_of(own)
+    topology = mpi.topology_of(own, losses)
     farewell.may_use_threads = mpi.allows_threads()
-    link = _Link(own, topology, AcrossRanks(mpi.MpiMessenger(own, topology), farewell.advance))
+    messenger = mpi.MpiMessenger(own, topology, losses=losses)
+    ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
+    link = _Link(own, topology, ranks, losses)
     _links.append(link)
     return link
 

@@ -19,7 +19,7 @@ from .arrays import Array, DType
 from .bucket import Bucket
 from .compression import Compression
 from .compressor import Compressor
-from .errors import UpdaterError, text_of
+from .errors import UpdaterError, WaitEndedError, text_of
 from .packing import as_flat, pack_into, wants_wide
 from .replica import Chunk, Entry
 from .rows import sum_rows
@@ -342,7 +342,12 @@ class Engine:
         return None
 
     def abort(self, call_name: str, error: BaseException) -> None:
-        """End the job: the others wait in a sum that this rank has left."""
+        """End the job: the others wait in a sum that this rank has left.
+
+        Unless they, too, have been told to wait no more.
+        """
+        if isinstance(error, WaitEndedError):
+            return
         said = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
         self._transport.abort(f"{said} in the midst of {call_name}")
 
