@@ -314,6 +314,11 @@ class AcrossRanks(Agreement):
             self._is_held = before
 
     @property
+    def n_stores(self) -> int:
+        """How many stores there have been: the number of the last one."""
+        return self._n_stores
+
+    @property
     def entered(self) -> int:
         """How many agreements this rank has come to; it has `passed` all, or all but one."""
         return self._number

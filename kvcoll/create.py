@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from .topology import Topology
 from .transport.alone import AloneTransport
 from .transport.losses import Losses
 from .transport.waiting import Waiting
+from .watchdog import Track, Watchdog, Watched, patrol, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -68,6 +70,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore: ...
 
@@ -80,6 +83,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> Any: ...
 
@@ -91,6 +95,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStoreBase:
     """Make a key-value store.
@@ -122,6 +127,10 @@ def create(
     staleness : int, default 1
         Of ``'dist_async'``: how many pushes of a key may not be applied yet when a push of it
         returns; 0 waits for each.
+    watchdog : bool or Watchdog, default True
+        Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
+        call waits for other ranks for very long; raise `LateRankError`, or end the job, after
+        a hard limit. A `Watchdog` says how long that is, and the environment may say otherwise.
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -143,6 +152,8 @@ def create(
         `overlap` or ``'dist_async'``, and MPI was not started for several threads.
     RanksDisagreeError
         The ranks create different stores, or not all of them come in time.
+    LateRankError
+        By the watchdog, as by every call of the store that waits for other ranks.
 
     Notes
     -----
@@ -153,7 +164,9 @@ def create(
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
     kind = name.lower()
     if kind == "teststore" or kind in registered():
-        if any((comm is not None, reproducible, overlap, staleness is not None)):
+        if any(
+            (comm is not None, reproducible, overlap, staleness is not None, watchdog is not True)
+        ):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
@@ -163,6 +176,8 @@ def create(
         raise TypeError(f"reproducible is a bool, got {reproducible!r}")
     if overlap != _ALWAYS and not isinstance(overlap, (bool, np.bool_)):
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
+    if not isinstance(watchdog, (bool, Watchdog)):
+        raise TypeError(f"watchdog is a bool or a kvcoll.Watchdog, got {watchdog!r}")
     if staleness is not None:
         staleness = _as_staleness(kind, staleness)
     if not isinstance(create_limit_s, (int, float)) or not create_limit_s > 0:
@@ -172,7 +187,7 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late)
+        options = _Options(bool(reproducible), overlap, late, watchdog)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
@@ -212,6 +227,16 @@ class _Options:
     reproducible: bool
     overlap: bool | str
     staleness: int | None
+    watchdog: bool | Watchdog
+
+    def settled(self, ranks: AcrossRanks) -> tuple[Call, Watchdog | None]:
+        """Say what to agree on, and how the store is watched; the environment may say otherwise."""
+        try:
+            settings = settled(self.watchdog, os.environ)
+        except ArgumentError as error:
+            ranks.refuse(f"create({self})", error)
+        words = str(self) if settings == Watchdog() else f"{self}, watchdog={settings or False}"
+        return Call(f"create({words})", digest("create", words, *_VERSIONS)), settings
 
     def __str__(self) -> str:
         kind = "dist_sync" if self.staleness is None else _ASYNC
@@ -237,8 +262,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
 
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
-    words = str(options)
-    call = Call(f"create({words})", digest("create", words, *_VERSIONS))
+    call, settings = options.settled(link.ranks)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
     if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
@@ -260,6 +284,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             launching=launching,
             tree=options.reproducible,
         )
+        _watch(store, link, its_link.ranks, settings, is_world=world is not None)
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
@@ -270,6 +295,41 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
+
+
+def _watch(
+    store: KVStore, link: _Link, ranks: AcrossRanks, settings: Watchdog | None, *, is_world: bool
+) -> None:
+    """Have a store's calls watched; collective."""
+    from .transport import mpi
+
+    is_beside = ranks is not link.ranks
+    track = patrol.track_of(ranks)
+    if track is None:
+        if settings is None or link.comm.size == 1:
+            return
+        track = Track(ranks, settings, is_beside=is_beside, is_lasting=is_world)
+        duplicate = partial(mpi.duplicate, link.comm, _CREATE_LIMIT_S)
+        has_threads = mpi.allows_threads()
+        patrol.watch(
+            link.comm, link.losses, track, duplicate if has_threads else None, mpi.import_mpi()
+        )
+    guard, weak = store._guard, weakref.ref(store)
+
+    def version() -> int:
+        alive = weak()
+        return 0 if alive is None else alive.version
+
+    name = f"the {store.type!r} store" if is_beside else f"store {ranks.n_stores}"
+    watched = Watched(
+        name,
+        settings,
+        calls=lambda: guard.calls,
+        version=version,
+        thread=lambda: guard.thread,
+        is_closed=lambda: bool(guard.closed),
+    )
+    track.add(watched)
 
 
 def _async_link(own: MPI.Intracomm, link: _Link) -> _Link:
@@ -313,7 +373,9 @@ def _leave_all() -> None:
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
+    patrol.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    patrol.stop()
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:
@@ -332,6 +394,7 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
+    patrol.forget()
 
 
 # A child made by fork must not speak for its parent.

@@ -30,10 +30,12 @@ class Post(ABC):
     Attributes
     ----------
     rank, size : int
+    reaches_others : bool
     """
 
     rank: int
     size: int
+    reaches_others = True
 
     @abstractmethod
     def send(self, rank: int, message: Message) -> None:
@@ -47,6 +49,8 @@ class Post(ABC):
 @final
 class NoPost(Post):
     """Where MPI was not started for several threads: nobody is asked, nobody answers."""
+
+    reaches_others = False
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -91,7 +95,9 @@ class MpiPost(Post):
         messages: list[tuple[int, Message]] = []
         status, mpi = self._mpi.Status(), self._mpi
         try:
-            while len(messages) < _MOST_AT_A_LOOK and self.comm.Iprobe(mpi.ANY_SOURCE, _TAG, status):
+            while len(messages) < _MOST_AT_A_LOOK and self.comm.Iprobe(
+                mpi.ANY_SOURCE, _TAG, status
+            ):
                 data = bytearray(status.Get_count(mpi.BYTE))
                 self.comm.Recv([data, mpi.BYTE], status.source, _TAG)
                 messages.append((status.source, json.loads(data)))

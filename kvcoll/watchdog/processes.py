@@ -1,4 +1,4 @@
-"""What the kernel says of the process of another rank on this host, which does not answer itself."""
+"""What the kernel says of another rank's process on this host, which does not answer itself."""
 
 from __future__ import annotations
 

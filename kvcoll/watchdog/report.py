@@ -13,7 +13,7 @@ from .track import ENDS, INSIDE, LEFT, OUTSIDE, UPDATES, WAITS, Position
 _SHOWN_STACKS: Final = 4
 _SHOWN_RANKS: Final = 16
 _STATES: Final = {
-    "T": "is stopped by a signal (SIGSTOP, or SIGTSTP of a terminal): kill -CONT {pid} lets it go on",
+    "T": "is stopped by a signal (as by SIGSTOP): kill -CONT {pid} lets it go on",
     "t": "is held by a debugger",
     "D": "waits for a disk or a file server, in the kernel{where}",
     "Z": "has ended without a word",
@@ -71,16 +71,21 @@ class Incident:
         In which somebody waits for too long.
     seen : mapping of int to Seen
         What the kernel says of ranks that have not answered, where one could look.
+    can_ask : bool
+        Whether the other ranks were asked at all.
     """
 
     places: Sequence[Place]
     told: Mapping[int, Told]
     tracks: Collection[int]
     seen: Mapping[int, Seen] = field(default_factory=dict)
+    can_ask: bool = True
 
     @property
     def silent(self) -> list[int]:
-        """The ranks that have not answered."""
+        """The ranks that were asked, and have not answered."""
+        if not self.can_ask:
+            return []
         return [rank for rank in range(len(self.places)) if rank not in self.told]
 
     @property
@@ -90,8 +95,8 @@ class Incident:
 
     def waiting(self, track: int) -> dict[int, Position]:
         """Give the ranks that have come as far as any, and wait there, with where they stand."""
-        front = {rank: told.positions[track] for rank, told in self._on(track) if track in told.positions}
-        waiting = {rank: place for rank, place in front.items() if place.waits}
+        places = {rank: told.positions.get(track) for rank, told in sorted(self.told.items())}
+        waiting = {rank: place for rank, place in places.items() if place and place.waits}
         furthest = max((place.entered for place in waiting.values()), default=0)
         return {rank: place for rank, place in waiting.items() if place.entered == furthest}
 
@@ -102,7 +107,7 @@ class Incident:
             return []
         furthest = next(iter(waiting.values())).entered
         late = set(self.silent)
-        for rank, told in self._on(track):
+        for rank, told in self.told.items():
             place = told.positions.get(track)
             if place is None or place.entered < furthest or place.stance == UPDATES:
                 late.add(rank)
@@ -130,16 +135,18 @@ class Incident:
             lines.append(f"  and {len(shown) - _SHOWN_RANKS} other ranks")
         return "\n".join(lines)
 
-    def _on(self, track: int) -> list[tuple[int, Told]]:
-        return sorted(self.told.items())
-
     def _headline(self, track: int) -> str:
         waiting, late = self.waiting(track), self.late(track)
         ranks = [rank for rank in waiting if rank not in late] or list(waiting)
         place = waiting[ranks[0]]
         longest = max(waiting[rank].for_s for rank in ranks)
         has = "has" if len(ranks) == 1 else "have"
-        head = f"{name_ranks(ranks)} {has} waited {longest:.0f} s in {call_of(place)}"
+        head = f"{name_ranks(ranks)} {has} waited {seconds(longest)} in {call_of(place)}"
+        if not self.can_ask:
+            return (
+                f"{head}: which rank is late cannot be asked, as MPI was not started for several "
+                "threads (MPI_THREAD_MULTIPLE)"
+            )
         if late:
             is_late = "is late" if len(late) == 1 else "are late"
             return f"{head}: {name_ranks(late)} {is_late}"
@@ -162,11 +169,11 @@ class Incident:
         return lines
 
     def _doings(self, told: Told) -> list[str]:
-        """Say in words what a rank does, that which it is late for last."""
-        busy = [(n, p) for n, p in told.positions.items() if p.stance != OUTSIDE]
-        first = [words_for(p) for n, p in busy if n not in self.tracks or p.stance != LEFT]
-        idle = [words_for(p) for n, p in told.positions.items() if n in self.tracks and p.stance == OUTSIDE]
-        return [*first, *told.elsewhere, *idle]
+        """Say in words what a rank does; what it is late for last, unless it is in that."""
+        idle = (OUTSIDE, LEFT)
+        busy = [p for p in told.positions.values() if p.stance not in idle]
+        away = [p for n, p in told.positions.items() if n in self.tracks and p.stance in idle]
+        return [*map(words_for, busy), *told.elsewhere, *map(words_for, away)]
 
     def _silence(self, rank: int) -> str:
         place, seen = self.places[rank], self.seen.get(rank)
@@ -174,7 +181,10 @@ class Incident:
             others = [r for r, p in enumerate(self.places) if p.host == place.host and r != rank]
             if any(r in self.told for r in others):
                 return "does not answer"
-            return f"does not answer, nor does any rank on {place.host}: the host or its network may be down"
+            return (
+                f"does not answer, nor does any rank on {place.host}: the host or its network may "
+                "be down"
+            )
         if seen.state not in _STATES:
             return f"does not answer (its state is {seen.state})"
         where = f" (in {seen.sleeps_in})" if seen.sleeps_in else ""
@@ -194,17 +204,22 @@ def words_for(place: Position) -> str:
     """Say what a rank does."""
     of = f" of {place.store}" if place.store else ""
     if place.stance == WAITS:
-        return f"has waited {place.for_s:.0f} s in {call_of(place)}"
+        return f"has waited {seconds(place.for_s)} in {call_of(place)}"
     if place.stance == INSIDE:
-        return f"is in the midst of {call_of(place)}, since {place.for_s:.0f} s"
+        return f"is in the midst of {call_of(place)}, since {seconds(place.for_s)}"
     if place.stance == UPDATES:
-        return f"is in the updater of {call_of(place)}, since {place.for_s:.0f} s"
+        return f"is in the updater of {call_of(place)}, since {seconds(place.for_s)}"
     if place.stance == LEFT:
         return f"has left its stores{of}"
     last = f"; its last was {place.call}" if place.call else ""
     if place.stance == ENDS:
         return f"has come to the end of its program after {_pushes(place.version)}{of}{last}"
     return f"has made {_pushes(place.version)}{of}, and is in no call of the store{last}"
+
+
+def seconds(span_s: float) -> str:
+    """Write a span of time for people."""
+    return f"{span_s:.0f} s" if span_s >= 10 else f"{span_s:.1f} s"
 
 
 def _pushes(n: int) -> str:

@@ -14,7 +14,9 @@ CEILING_S: Final = 300.0
 LIMIT_S: Final = 1800.0
 
 _SWITCH: Final = "KVCOLL_WATCHDOG"
-_OF_FLOOR, _OF_CEILING, _OF_LIMIT = (f"{_SWITCH}_{name}_S" for name in ("FLOOR", "CEILING", "LIMIT"))
+_OF_FLOOR, _OF_CEILING, _OF_LIMIT = (
+    f"{_SWITCH}_{name}_S" for name in ("FLOOR", "CEILING", "LIMIT")
+)
 _ON, _OFF = ("on", "1", "yes", "true"), ("off", "0", "no", "false")
 
 

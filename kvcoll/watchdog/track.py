@@ -1,4 +1,4 @@
-"""Where this rank stands in one order of calls: that of a communicator's stores, or of a late store.
+"""Where this rank stands in one order of calls: that of a communicator, or of a late store.
 
 Rules of the file: what is read here is written by the threads that call the stores, with no
 lock and no clock; so each look takes what it sees as it is, and only what stays the same
@@ -34,8 +34,6 @@ class Watched:
     ----------
     name : str
         For messages.
-    number : int
-        Among the stores of its track.
     settings : Watchdog or None
         None where this store's waits are nobody's business.
     calls : callable
@@ -48,7 +46,6 @@ class Watched:
     """
 
     name: str
-    number: int
     settings: Watchdog | None
     calls: Callable[[], tuple[int, int]]
     version: Callable[[], int]
@@ -115,10 +112,19 @@ class Track:
     is_beside : bool
         Whether the agreements are made in a thread beside the caller's, so that nobody
         waits for them but in a call of the store.
+    is_lasting : bool
+        Whether stores may still come when all are closed.
     """
 
-    def __init__(self, ranks: AcrossRanks, settings: Watchdog, *, is_beside: bool = False) -> None:
-        self.ranks, self._is_beside = ranks, is_beside
+    def __init__(
+        self,
+        ranks: AcrossRanks,
+        settings: Watchdog,
+        *,
+        is_beside: bool = False,
+        is_lasting: bool = False,
+    ) -> None:
+        self.ranks, self._is_beside, self._is_lasting = ranks, is_beside, is_lasting
         self._default = settings
         self._stores: list[Watched] = []
         self._had_stores = False
@@ -218,9 +224,10 @@ class Track:
 
     @property
     def is_over(self) -> bool:
-        """Whether all its stores are closed."""
+        """Whether all its stores are closed, and none can come."""
         self._stores = [store for store in self._stores if not store.is_closed()]
-        return self._had_stores and not self._stores
+        may_come = self._is_lasting and not self.ranks.ended
+        return self._had_stores and not self._stores and not may_come
 
     @property
     def thread(self) -> int | None:
