@@ -69,7 +69,7 @@ class Call:
         For ranks that have joined: the key or list of keys that is pushed, and those of
         them of which only rows are pushed.
     ends_push : bool
-        Whether it is what the ranks agree on after the updates of a push.
+        Whether it is what the ranks agree on after the updates of a push: part of that.
     """
 
     name: str
@@ -79,9 +79,9 @@ class Call:
     ends_push: bool = field(default=False, repr=False)
 
     @property
-    def is_of_push(self) -> bool:
-        """Whether it is part of a push."""
-        return self.ends_push or self.keys is not None
+    def is_push(self) -> bool:
+        """Whether it is a push."""
+        return self.keys is not None
 
 
 _END_OF_JOIN = Call("the end of join()", _JOINED)
@@ -350,7 +350,8 @@ class AcrossRanks(Agreement):
 
     def confirm(self, call: Call, flags: int = 0, store: int = 0) -> int:
         """Compare digests; see `Agreement.confirm`."""
-        self.call = call
+        if not call.ends_push:
+            self.call = call
         own = (call.digest + store * _STORE_STEP) & _MASK | _FIRST
         digest, joined = self._join(own, flags)
         if joined & _SOME_JOINED:

@@ -20,10 +20,9 @@ from ..errors import LateRankError, text_of
 from ..transport.losses import Losses
 from .post import MpiPost, NoPost, Post
 from .processes import own_place
-from .report import words_for
 from .stacks import stack_of
 from .station import Station
-from .track import OUTSIDE, Track
+from .track import Position, Track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -61,7 +60,10 @@ class Watch:
         self._losses: dict[int, Losses] = {}
         post: Post
         if comm is None:
-            post, places = NoPost(like.rank, like.size), [own_place()] * like.size
+            post, places = (
+                NoPost(like.rank, like.size),
+                [own_place(mpi.COMM_WORLD.rank)] * like.size,
+            )
         else:
             post = MpiPost(comm, mpi)
             places = post.places()
@@ -103,14 +105,9 @@ class Watch:
             self._mpi.COMM_WORLD.Abort(EXIT_CODE)
         os._exit(EXIT_CODE)
 
-    def _elsewhere(self) -> tuple[str, ...]:
+    def _elsewhere(self) -> list[Position]:
         others = [watch.station for watch in _watches if watch is not self]
-        places = [p for station in others for p in station.positions().values()]
-        return tuple(
-            f"{words_for(place)}, over another communicator"
-            for place in places
-            if place.stance != OUTSIDE
-        )
+        return [place for station in others for place in station.positions().values()]
 
 
 _watches: list[Watch] = []

@@ -107,17 +107,18 @@ class MpiPost(Post):
 
     def places(self) -> list[Place]:
         """Tell all ranks where this one is; collective (MPI_Allgather)."""
-        own = own_place()
+        own = own_place(self._mpi.COMM_WORLD.rank)
         hosts = np.zeros((self.size, _HOST_BYTES), np.uint8)
-        numbers = np.zeros((self.size, 2), np.int64)
+        numbers = np.zeros((self.size, 3), np.int64)
         name = own.host.encode()[:_HOST_BYTES]
         mine = np.zeros(_HOST_BYTES, np.uint8)
         mine[: len(name)] = np.frombuffer(name, np.uint8)
         self.comm.Allgather(mine, hosts)
-        self.comm.Allgather(np.array([own.pid, own.started], np.int64), numbers)
+        mine_too = np.array([own.pid, own.started, own.world_rank], np.int64)
+        self.comm.Allgather(mine_too, numbers)
         names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in hosts]
         pairs = zip(names, numbers.tolist(), strict=True)
-        return [Place(host, pid, started) for host, (pid, started) in pairs]
+        return [Place(host, *numbered) for host, numbered in pairs]
 
     def _is_over(self, request: MPI.Request) -> bool:
         try:

@@ -23,11 +23,14 @@ class Place:
     pid : int
     started : int
         When, in the kernel's ticks: another process of the same number began later.
+    world_rank : int
+        Its rank in the whole job.
     """
 
     host: str
     pid: int
     started: int
+    world_rank: int
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ class Seen:
         return self.state in (GONE, "Z", "X")
 
 
-def own_place() -> Place:
+def own_place(world_rank: int) -> Place:
     """Say where this process is."""
     pid = os.getpid()
-    return Place(socket.gethostname(), pid, int(_stat(pid)[_STARTED]))
+    return Place(socket.gethostname(), pid, int(_stat(pid)[_STARTED]), world_rank)
 
 
 def look_at(place: Place) -> Seen:

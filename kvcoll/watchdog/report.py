@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, final
 
 from ..agreement import name_ranks
@@ -38,22 +38,37 @@ class Told:
         Of the thread that calls its stores.
     elsewhere : tuple of str
         What it does in stores that the asking ranks have no part in.
+    waits_elsewhere : bool
+        Whether it waits in one of those.
     """
 
     positions: Mapping[int, Position]
     stack: str = ""
     elsewhere: tuple[str, ...] = ()
+    waits_elsewhere: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for ranks that have not come to a call of a store."""
+        own = [place.stance for place in self.positions.values()]
+        return WAITS in own or self.waits_elsewhere
+
+    def later(self, by_s: float) -> Told:
+        """Give the same as it is after so many seconds in which nothing has moved."""
+        moved = {n: replace(p, for_s=p.for_s + by_s) for n, p in self.positions.items()}
+        return replace(self, positions=moved)
 
     def encode(self) -> dict[str, Any]:
         """Give what JSON holds."""
         positions = [[number, place.encode()] for number, place in self.positions.items()]
-        return {"positions": positions, "stack": self.stack, "elsewhere": self.elsewhere}
+        return asdict(self) | {"positions": positions}
 
     @classmethod
     def decode(cls, told: dict[str, Any]) -> Told:
         """Read what `encode` gave."""
         positions = {number: Position.decode(place) for number, place in told["positions"]}
-        return cls(positions, told["stack"], tuple(told["elsewhere"]))
+        elsewhere = tuple(told["elsewhere"])
+        return cls(positions, told["stack"], elsewhere, told["waits_elsewhere"])
 
 
 @final
@@ -133,6 +148,11 @@ class Incident:
             lines += self._lines_of(rank, with_stack=number < _SHOWN_STACKS)
         if len(shown) > _SHOWN_RANKS:
             lines.append(f"  and {len(shown) - _SHOWN_RANKS} other ranks")
+        if self._is_circle():
+            lines.append(
+                "  So they wait for one another: every rank must make the calls of all its stores "
+                "in one order"
+            )
         return "\n".join(lines)
 
     def _headline(self, track: int) -> str:
@@ -152,13 +172,19 @@ class Incident:
             return f"{head}: {name_ranks(late)} {is_late}"
         return f"{head}: all ranks have come to it, so a rank or the network between hosts is stuck"
 
+    def _is_circle(self) -> bool:
+        """Say whether those that are late wait themselves, in a call of another store."""
+        late = self.all_late()
+        return bool(late) and all(rank in self.told and self.told[rank].waits for rank in late)
+
     def _suspects(self) -> list[int]:
         """Give ranks whose stacks may tell more where none is behind."""
         return sorted({rank for track in self.tracks for rank in self.waiting(track)})
 
     def _lines_of(self, rank: int, *, with_stack: bool) -> list[str]:
         place = self.places[rank]
-        name = f"  rank {rank} (process {place.pid} on {place.host})"
+        of_job = f", rank {place.world_rank} of the job" if place.world_rank != rank else ""
+        name = f"  rank {rank} (process {place.pid} on {place.host}{of_job})"
         told = self.told.get(rank)
         if told is None:
             return [f"{name} {self._silence(rank)}"]
@@ -214,7 +240,7 @@ def words_for(place: Position) -> str:
     last = f"; its last was {place.call}" if place.call else ""
     if place.stance == ENDS:
         return f"has come to the end of its program after {_pushes(place.version)}{of}{last}"
-    return f"has made {_pushes(place.version)}{of}, and is in no call of the store{last}"
+    return f"has made {_pushes(place.version)}, and is in no call of {place.store or 'the store'}{last}"
 
 
 def seconds(span_s: float) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Final
 
-MOST_FRAMES: Final = 24
-MOST_CHARACTERS: Final = 6000  # so that a message stays one that MPI sends at once
+_MOST_FRAMES: Final = 24
+_MOST_CHARACTERS: Final = 6000  # so that a message stays one that MPI sends at once
+_PACKAGE: Final = str(Path(__file__).parents[1]) + os.sep
 
 
 def stack_of(ident: int | None) -> str:
@@ -24,10 +27,20 @@ def stack_of(ident: int | None) -> str:
     frame = sys._current_frames().get(ident or 0)
     if frame is None:
         return ""
-    entries = traceback.extract_stack(frame)
-    lines = traceback.format_list(entries[-MOST_FRAMES:])
-    while len(lines) > 1 and sum(map(len, lines)) > MOST_CHARACTERS:
-        del lines[0]
-    left_out = len(entries) - len(lines)
-    above = [f"  ({left_out} outer calls are left out)\n"] if left_out else []
-    return "".join(above + lines)[-2 * MOST_CHARACTERS :]
+    lines = _shown(traceback.extract_stack(frame))
+    text = "".join(lines[-_MOST_FRAMES:])
+    return text if len(text) <= _MOST_CHARACTERS else f"  ...{text[-_MOST_CHARACTERS:]}"
+
+
+def _shown(entries: list[traceback.FrameSummary]) -> list[str]:
+    """Write calls; of those of kvcoll that follow one another the first and the last."""
+    are_ours = [entry.filename.startswith(_PACKAGE) for entry in entries]
+    lines = traceback.format_list(entries)
+    shown, n = [], len(lines)
+    for k, line in enumerate(lines):
+        if 0 < k < n - 1 and all(are_ours[k - 1 : k + 2]):
+            if not all(are_ours[max(k - 2, 0) : k]):
+                shown.append("  ...\n")
+            continue
+        shown.append(line)
+    return shown

@@ -17,13 +17,14 @@ from typing import Any, Final, final
 from ..agreement import name_ranks
 from .post import Message, Post
 from .processes import Place, Seen, look_at
-from .report import Incident, Told, seconds
-from .track import Position, Track
+from .report import Incident, Told, seconds, words_for
+from .track import LEFT, OUTSIDE, WAITS, Position, Track
 
 # Why a report is made; the highest counts.
 _DUE, _ENDED, _LIMIT = 1, 2, 3
 _ANSWER_S: Final = 2.0  # in which a thread that can answer does, on a loaded machine, too
 _LOOK_FOR_ENDED_S: Final = 1.0
+_SLACK_S: Final = 1e-3  # of sums of floats
 
 
 @dataclass
@@ -34,6 +35,7 @@ class _Gathering:
     why: int
     tracks: set[int]
     waited_s: float  # for so long somebody has waited when it began
+    began_s: float
     until_s: float
     told: dict[int, Told] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
@@ -70,7 +72,9 @@ class Station:
     stack : callable
         Gives the Python stack of a thread, by its number.
     elsewhere : callable
-        Says what this rank does in stores of other groups.
+        Says where this rank stands in stores of other groups.
+    look : callable, optional
+        Looks at another rank's process on this host.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Station:
         end: Callable[[Sequence[int], str, Sequence[int]], None],
         ends_all: bool,
         stack: Callable[[int | None], str],
-        elsewhere: Callable[[], tuple[str, ...]] = tuple,
+        elsewhere: Callable[[], list[Position]] = list,
         look: Callable[[Place], Seen] = look_at,
     ) -> None:
         self._post, self._places = post, places
@@ -129,10 +133,11 @@ class Station:
             Since the last look.
         """
         self._now_s += elapsed_s
-        for track in self._tracks.values():
+        for number, track in self._tracks.items():
             over_s = track.look(elapsed_s)
             if over_s:
-                self._tell(self._reporter, {"kind": "over", "after_s": over_s})
+                message = {"kind": "over", "track": number, "after_s": over_s}
+                self._tell(self._reporter, message)
         for rank, message in self._post.receive():
             self._handle(rank, message)
         self._mind_own_waits()
@@ -206,8 +211,10 @@ class Station:
             self._tell(source, {"kind": "seen", "number": message["number"], "seen": seen})
         elif kind == "end":
             self._end(message["tracks"], message["text"], message["late"])
+        elif kind == "said":
+            self._take_for_said()
         elif kind == "over":
-            self._say_over(message["after_s"])
+            self._note_over(message["track"], message["after_s"])
         elif self._gathering is not None and message["number"] == self._gathering.number:
             if kind == "told":
                 self._gathering.told[source] = Told.decode(message)
@@ -217,7 +224,13 @@ class Station:
     def _own(self) -> Told:
         positions = self.positions()
         idents = [t.thread for t in self._tracks.values() if t.thread is not None]
-        return Told(positions, self._stack(idents[0] if idents else None), self._elsewhere())
+        others = [place for place in self._elsewhere() if place.stance not in (OUTSIDE, LEFT)]
+        return Told(
+            positions,
+            self._stack(idents[0] if idents else None),
+            tuple(f"{words_for(place)}, over another communicator" for place in others),
+            any(place.stance == WAITS for place in others),
+        )
 
     def _keep_quiet(self, why: int) -> None:
         self._notice, self._quiet_why = None, why
@@ -227,6 +240,9 @@ class Station:
         """Take this rank's waits for spoken of, whichever rank they were due on."""
         self._reporter = reporter
         self._keep_quiet(why)
+        self._take_for_said()
+
+    def _take_for_said(self) -> None:
         for track in self._tracks.values():
             track.was_spoken_of()
 
@@ -243,7 +259,9 @@ class Station:
             return
         self._n_gatherings += 1
         until_s = self._now_s + (_ANSWER_S if self._post.reaches_others else 0.0)
-        at = self._gathering = _Gathering(self._n_gatherings, why, tracks, waited_s, until_s)
+        at = self._gathering = _Gathering(
+            self._n_gatherings, why, tracks, waited_s, self._now_s, until_s
+        )
         at.told[self._rank] = self._own()
         self._note_asked(self._rank, why)
         for rank in range(self._size):
@@ -285,17 +303,21 @@ class Station:
             self._gathering.looking.discard(source)
 
     def _conclude(self, at: _Gathering) -> None:
+        age_s = self._now_s - at.began_s
+        told = {rank: one.later(age_s) for rank, one in at.told.items()}
         incident = Incident(
-            self._places, at.told, at.tracks, at.seen, can_ask=self._post.reaches_others
+            self._places, told, at.tracks, at.seen, can_ask=self._post.reaches_others
         )
         waited_s = incident.waited_s()
-        if waited_s < at.waited_s:
+        if waited_s < at.waited_s + age_s - _SLACK_S:
             return  # they go on
         late, text = incident.all_late(), incident.text()
         if at.why == _LIMIT or (incident.ended and not self.ends_all):
             self._end_waits(sorted(at.tracks), text, late)
             return
         self._open = late or [-1]
+        for rank in at.told:
+            self._tell(rank, {"kind": "said"})
         self._say(f"{text}\n  {self._what_next(at, waited_s)}")
 
     def _end_waits(self, tracks: list[int], text: str, late: list[int]) -> None:
@@ -319,8 +341,10 @@ class Station:
             said.append(f"after {seconds(limit_s)} {what}")
         return f"If it goes on: {', '.join(said)}"
 
-    def _say_over(self, after_s: float) -> None:
-        """Say once that an incident that was spoken of is over."""
+    def _note_over(self, track: int, after_s: float) -> None:
+        """Make no report of what is over; say once that what was spoken of is."""
+        if self._gathering is not None:
+            self._gathering.tracks.discard(track)
         late, self._open = self._open, []
         if late:
             who = f"for {name_ranks(late)} " if late != [-1] else ""

@@ -184,10 +184,10 @@ class Track:
             self.ranks.passed,
             stance,
             "" if call is None else call.name,
-            call is not None and call.is_of_push,
+            call is not None and call.is_push,
             shown.name if shown and several else "",
             shown.version() if shown else 0,
-            round(self._for_s, 3),
+            self._for_s,
         )
 
     def has_waited(self) -> float:
@@ -203,7 +203,7 @@ class Track:
         if self._said_s:
             return self._for_s >= 2 * self._said_s
         call = self.ranks.call
-        of_push = call is not None and call.is_of_push
+        of_push = call is not None and call.is_push
         return self._for_s >= self._learnt.bound_s(self.settings, of_push=of_push)
 
     def is_beyond_limit(self) -> bool:
