@@ -240,7 +240,8 @@ def words_for(place: Position) -> str:
     last = f"; its last was {place.call}" if place.call else ""
     if place.stance == ENDS:
         return f"has come to the end of its program after {_pushes(place.version)}{of}{last}"
-    return f"has made {_pushes(place.version)}, and is in no call of {place.store or 'the store'}{last}"
+    store = place.store or "the store"
+    return f"has made {_pushes(place.version)}, and is in no call of {store}{last}"
 
 
 def seconds(span_s: float) -> str:
