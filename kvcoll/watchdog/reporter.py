@@ -124,8 +124,8 @@ class Reporter:
 
     def take_over(self, track: int, after_s: float) -> None:
         """Make no report of what is over; say once that what was spoken of is."""
-        if self._at is not None:
-            self._at.tracks.discard(track)
+        if self._at is not None and track in self._at.tracks:
+            self._at = None  # what was told is of before
         late, self._open = self._open, None
         if late is not None:
             who = f"for {name_ranks(late)} " if late else ""
