@@ -155,7 +155,7 @@ def watch(
     own.add(track, losses)
     _tracks[track.ranks] = track
     _look_s = min(_look_s, track.settings.look_s)
-    _start(mpi)
+    start(mpi)
 
 
 def track_of(ranks: AcrossRanks) -> Track | None:
@@ -167,6 +167,20 @@ def program_ends() -> None:
     """Tell those who ask that this rank's program has come to its end."""
     for one in _watches:
         one.station.program_ends = True
+
+
+def start(mpi: Any) -> None:
+    """Begin to look, if nobody does."""
+    global _thread, _finalize_hook
+    if _thread is not None:
+        return
+    _stop.clear()
+    if _finalize_hook is None:
+        # MPI_Finalize begins with the attributes of COMM_SELF.
+        _finalize_hook = mpi.Comm.Create_keyval(delete_fn=lambda *_: stop())
+        mpi.COMM_SELF.Set_attr(_finalize_hook, None)
+    _thread = threading.Thread(target=_run, name="kvcoll-watchdog", daemon=True)
+    _thread.start()
 
 
 def stop() -> None:
@@ -183,19 +197,6 @@ def forget() -> None:
     global _thread, _stop
     _thread, _stop = None, threading.Event()
     _watches.clear()
-
-
-def _start(mpi: Any) -> None:
-    global _thread, _finalize_hook
-    if _thread is not None:
-        return
-    _stop.clear()
-    if _finalize_hook is None:
-        # MPI_Finalize begins with the attributes of COMM_SELF.
-        _finalize_hook = mpi.Comm.Create_keyval(delete_fn=lambda *_: stop())
-        mpi.COMM_SELF.Set_attr(_finalize_hook, None)
-    _thread = threading.Thread(target=_run, name="kvcoll-watchdog", daemon=True)
-    _thread.start()
 
 
 def _run() -> None:

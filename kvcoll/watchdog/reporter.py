@@ -7,7 +7,7 @@ kernel of its host; what is over by the time that all is known is not spoken of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -164,18 +164,19 @@ class Reporter:
     def _conclude(self, at: _Gathering, now_s: float) -> None:
         own, age_s = self._own, now_s - at.began_s
         told = {rank: one.later(age_s) for rank, one in at.told.items()}
-        incident = Incident(own.places, told, at.tracks, at.seen, can_ask=own.reaches_others)
+        tracks = at.tracks | _also_waited_for(told, at.waited_s / 2)
+        incident = Incident(own.places, told, tracks, at.seen, can_ask=own.reaches_others)
         waited_s = incident.waited_s()
         if waited_s < at.waited_s + age_s - _SLACK_S:
             return  # they go on
         late, text = incident.all_late(), incident.text()
         if at.why == LIMIT or (incident.ended and not own.ends_all):
-            self._end_waits(sorted(at.tracks), text, late)
+            self._end_waits(sorted(tracks), text, late)
             return
         self._open = late
         for rank in at.told:
             own.tell(rank, {"kind": "said"})
-        own.say(f"{text}\n  {self._what_next(sorted(at.tracks), waited_s)}")
+        own.say(f"{text}\n  {self._what_next(sorted(tracks), waited_s)}")
 
     def _end_waits(self, tracks: list[int], text: str, late: list[int]) -> None:
         self._open = None
@@ -194,3 +195,13 @@ class Reporter:
             what = "those that wait raise LateRankError" if self._own.ends_all else "the job ends"
             said.append(f"after {seconds(limit_s)} {what}")
         return f"If it goes on: {', '.join(said)}"
+
+
+def _also_waited_for(told: Mapping[int, Told], from_s: float) -> set[int]:
+    """Give the tracks in which somebody has waited for so long: all of it is one matter."""
+    return {
+        number
+        for one in told.values()
+        for number, place in one.positions.items()
+        if place.waits and place.for_s >= from_s
+    }
