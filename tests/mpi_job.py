@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -28,13 +29,18 @@ class Job(NamedTuple):
 
 
 def run_job(
-    ranks: int, *arguments: str | Path, timeout_s: float = 40.0, env: dict[str, str] | None = None
+    ranks: int,
+    *arguments: str | Path,
+    timeout_s: float = 40.0,
+    env: dict[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Job:
     """Run `mpirun -n ranks python arguments...`, e.g. `run_job(2, "-c", code)`; kill it when late.
 
-    `env` is added to the environment. The limit of the test itself must be the longer one.
+    `env` is added to the environment, `options` to mpirun's. The limit of the test itself must
+    be the longer one.
     """
-    command = [*_launcher(ranks), sys.executable, *map(str, arguments)]
+    command = [*_launcher(ranks), *options, sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,
         env=clean_environment() | _sharing_cores(ranks) | (env or {}),

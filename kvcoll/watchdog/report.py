@@ -142,7 +142,8 @@ class Incident:
 
     def text(self) -> str:
         """Say who waits for whom, and where those are."""
-        lines = [self._headline(track) for track in sorted(self.tracks) if self.waiting(track)]
+        heads = [self._headline(track) for track in sorted(self.tracks) if self.waiting(track)]
+        lines = heads[:1] + [f"  and {head}" for head in heads[1:]]
         shown = self.all_late() or self._suspects()
         for number, rank in enumerate(shown[:_SHOWN_RANKS]):
             lines += self._lines_of(rank, with_stack=number < _SHOWN_STACKS)
