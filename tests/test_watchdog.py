@@ -214,7 +214,7 @@ def test_ranks_at_calls_of_two_stores_that_wait_for_one_another_are_told_so() ->
     world.pass_time(12)
     said = world.said[0]
     assert "rank 0 has waited 5.2 s in push number 26, push('a'): rank 1 is late" in said
-    assert "rank 1 has waited 5.2 s in push number 26, push('b'): rank 0 is late" in said
+    assert "\n  and rank 1 has waited 5.2 s in push number 26, push('b'): rank 0 is late" in said
     assert "So they wait for one another: every rank must make the calls" in said
 
 
