@@ -324,6 +324,11 @@ class AcrossRanks(Agreement):
         return self._number
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether a farewell is under way."""
+        return bool(self._leaving)
+
+    @property
     def is_held(self) -> bool:
         """Whether the user's code runs in the midst of a push."""
         return self._is_held

@@ -232,6 +232,20 @@ def test_what_is_over_when_all_is_known_is_not_spoken_of() -> None:
     assert world.said == []
 
 
+def test_a_rank_at_the_end_of_its_program_says_whom_it_waits_for_and_ends_nothing() -> None:
+    world = FakeWorld(2)
+    world.steps(FIRST_CALLS + 5)
+    first = world.ranks[0]
+    first.station.end_program()
+    first.tracks[0].entered += 1
+    first.tracks[0].passed += 1
+    first.tracks[0].is_leaving = True
+    world.pass_time(200)
+    assert "rank 0 has waited 10 s at the end of the program: rank 1 is late" in world.said[0]
+    assert len(world.said) > 2
+    assert first.ends == []
+
+
 # How it ends
 
 

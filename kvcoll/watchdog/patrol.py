@@ -166,7 +166,7 @@ def track_of(ranks: AcrossRanks) -> Track | None:
 def program_ends() -> None:
     """Tell those who ask that this rank's program has come to its end."""
     for one in _watches:
-        one.station.program_ends = True
+        one.station.end_program()
 
 
 def start(mpi: Any) -> None:

@@ -162,7 +162,12 @@ class Incident:
         place = waiting[ranks[0]]
         longest = max(waiting[rank].for_s for rank in ranks)
         has = "has" if len(ranks) == 1 else "have"
-        head = f"{name_ranks(ranks)} {has} waited {seconds(longest)} in {call_of(place)}"
+        what = f"in {call_of(place)}"
+        if place.stance == ENDS:
+            what = (
+                "at the end of the program" if len(ranks) == 1 else "at the end of their programs"
+            )
+        head = f"{name_ranks(ranks)} {has} waited {seconds(longest)} {what}"
         if not self.can_ask:
             return (
                 f"{head}: which rank is late cannot be asked, as MPI was not started for several "
@@ -240,7 +245,7 @@ def words_for(place: Position) -> str:
         return f"has left its stores{of}"
     last = f"; its last was {place.call}" if place.call else ""
     if place.stance == ENDS:
-        return f"has come to the end of its program after {_pushes(place.version)}{of}{last}"
+        return f"has come to the end of its program {seconds(place.for_s)} ago{last}"
     store = place.store or "the store"
     return f"has made {_pushes(place.version)}, and is in no call of {store}{last}"
 

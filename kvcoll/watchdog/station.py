@@ -97,7 +97,6 @@ class Station:
             )
         )
         self._looked_for_ended_s = 0.0
-        self.program_ends = False
 
     def add(self, track: Track) -> int:
         """Watch one more order of calls; by the same number on all ranks."""
@@ -110,9 +109,14 @@ class Station:
         """Forget tracks whose stores are all closed, on a communicator that is no more."""
         self._tracks = {n: track for n, track in self._tracks.items() if not track.is_over}
 
+    def end_program(self) -> None:
+        """Take note that this rank's program has come to its end."""
+        for track in self._tracks.values():
+            track.program_ends = True
+
     def positions(self) -> dict[int, Position]:
         """Say where this rank stands, by track."""
-        return {n: t.position(ends=self.program_ends) for n, t in self._tracks.items()}
+        return {n: t.position() for n, t in self._tracks.items()}
 
     def look(self, elapsed_s: float) -> None:
         """Take one look: at what the others say, and at what this rank waits for.

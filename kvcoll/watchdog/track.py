@@ -21,9 +21,9 @@ INSIDE: Final = "inside"  # in the rest of a call: sums, copies, files
 UPDATES: Final = "updates"  # in a function of the user's, that a push has called
 OUTSIDE: Final = "outside"
 LEFT: Final = "left"
-ENDS: Final = "ends"  # its program has come to the end
+ENDS: Final = "ends"  # its program has come to the end, and waits until the others take note
 
-_WAITING: Final = (WAITS, INSIDE)
+_MAY_WAIT: Final = (WAITS, INSIDE, ENDS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Position:
     @property
     def waits(self) -> bool:
         """Whether it may wait for other ranks."""
-        return self.stance in _WAITING
+        return self.stance in _MAY_WAIT
 
 
 @final
@@ -126,6 +126,7 @@ class Track:
     ) -> None:
         self.ranks, self._is_beside, self._is_lasting = ranks, is_beside, is_lasting
         self._default = settings
+        self.program_ends = False
         self._stores: list[Watched] = []
         self._had_stores = False
         self._learnt = Learnt()
@@ -171,12 +172,10 @@ class Track:
         self._seen, self._for_s, self._said_s = seen, 0.0, 0.0
         return over_s
 
-    def position(self, *, ends: bool = False) -> Position:
+    def position(self) -> Position:
         """Say where this rank stands."""
         store, call = self._inside, self.ranks.call
         stance = self._stance(store)
-        if ends and stance == OUTSIDE:
-            stance = ENDS
         shown = store or (self._stores[-1] if self._stores else None)
         several = len(self._stores) > 1 or self._is_beside
         return Position(
@@ -194,7 +193,7 @@ class Track:
         """Say for how long this rank has waited, if it is to be spoken of at all; else 0."""
         store = self._inside
         watched = store is None or store.settings is not None
-        return self._for_s if watched and self._stance(store) in _WAITING else 0.0
+        return self._for_s if watched and self._stance(store) in _MAY_WAIT else 0.0
 
     def is_due(self) -> bool:
         """Say whether it is time to speak of this rank's wait, for the first time or again."""
@@ -203,12 +202,14 @@ class Track:
         if self._said_s:
             return self._for_s >= 2 * self._said_s
         call = self.ranks.call
-        of_push = call is not None and call.is_push
+        of_push = call is not None and call.is_push and not self.program_ends
         return self._for_s >= self._learnt.bound_s(self.settings, of_push=of_push)
 
     def is_beyond_limit(self) -> bool:
         """Say whether this rank has waited for longer than it may."""
         limit_s = self.settings.limit_s
+        if self.program_ends:  # the others may well have something else to do
+            return False
         return limit_s is not None and self.has_waited() >= limit_s
 
     def was_spoken_of(self) -> None:
@@ -248,6 +249,8 @@ class Track:
             return LEFT
         if self.ranks.is_held:
             return UPDATES
+        if self.ranks.is_leaving:  # behind the program, or at its end
+            return ENDS if self.program_ends else OUTSIDE
         if self.ranks.entered > self.ranks.passed and (store or not self._is_beside):
             return WAITS
         return INSIDE if store else OUTSIDE
