@@ -136,6 +136,12 @@ class Incident:
         waits = [place.for_s for track in self.tracks for place in self.waiting(track).values()]
         return max(waits, default=0.0)
 
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether all that wait do so at the end of their programs: then for no limit."""
+        places = [place for track in self.tracks for place in self.waiting(track).values()]
+        return all(place.stance == ENDS for place in places)
+
     def all_late(self) -> list[int]:
         """Give the ranks that are late in any of the tracks."""
         return sorted({rank for track in self.tracks for rank in self.late(track)})
@@ -164,9 +170,7 @@ class Incident:
         has = "has" if len(ranks) == 1 else "have"
         what = f"in {call_of(place)}"
         if place.stance == ENDS:
-            what = (
-                "at the end of the program" if len(ranks) == 1 else "at the end of their programs"
-            )
+            what = f"at the end of {'the program' if len(ranks) == 1 else 'their programs'}"
         head = f"{name_ranks(ranks)} {has} waited {seconds(longest)} {what}"
         if not self.can_ask:
             return (

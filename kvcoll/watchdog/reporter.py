@@ -7,7 +7,7 @@ kernel of its host; what is over by the time that all is known is not spoken of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -76,7 +76,7 @@ class Own:
     end: Callable[[Sequence[int], str, Sequence[int]], None]
     told: Callable[[], Told]
     look: Callable[[Place], Seen]
-    limit_s: Callable[[Sequence[int]], float]
+    limit_s: Callable[[Collection[int]], float]
 
 
 @final
@@ -176,7 +176,7 @@ class Reporter:
         self._open = late
         for rank in at.told:
             own.tell(rank, {"kind": "said"})
-        own.say(f"{text}\n  {self._what_next(sorted(tracks), waited_s)}")
+        own.say(f"{text}\n  {self._what_next(incident, waited_s)}")
 
     def _end_waits(self, tracks: list[int], text: str, late: list[int]) -> None:
         self._open = None
@@ -187,8 +187,9 @@ class Reporter:
         for rank in self._ranks:
             self._own.tell(rank, {"kind": "end", "tracks": tracks, "text": text, "late": late})
 
-    def _what_next(self, tracks: Sequence[int], waited_s: float) -> str:
-        limit_s, said = self._own.limit_s(tracks), []
+    def _what_next(self, incident: Incident, waited_s: float) -> str:
+        limit_s = math.inf if incident.is_at_the_end else self._own.limit_s(incident.tracks)
+        said = []
         if 2 * waited_s < limit_s:
             said.append(f"after {seconds(2 * waited_s)} this is said again")
         if limit_s < math.inf:

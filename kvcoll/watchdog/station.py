@@ -10,7 +10,7 @@ people is said by the reporter alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -239,7 +239,7 @@ class Station:
         for track in self._tracks.values():
             track.was_spoken_of()
 
-    def _limit_s(self, tracks: Sequence[int]) -> float:
+    def _limit_s(self, tracks: Collection[int]) -> float:
         """Give the shortest hard limit of some tracks."""
         own = [self._tracks[n].settings.limit_s for n in tracks if n in self._tracks]
         return min((limit_s for limit_s in own if limit_s is not None), default=math.inf)
