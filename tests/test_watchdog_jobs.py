@@ -94,6 +94,7 @@ def update_slowly(key, input, stored):
 
 acts = {"sleep": read_the_next_batch, "loop": search_in_python, "caught": look_at_what_was_raised,
         "updater": None, "stopped": stop, "held": hold_the_lock}
+os.environ["KVCOLL_WATCHDOG_HELD_STACKS"] = "on"
 kv = create(limit_s=50)
 kv.init(list(acts), [one] * len(acts))
 kv.set_updater(update_slowly)
@@ -117,7 +118,7 @@ say("done")
     assert in_one(said, at(3, "caught"), late, ", in look_at_what_was_raised\n")
     assert in_one(said, at(4, "updater"), late, "is in the updater of push", ", in update_slowly\n")
     assert in_one(said, at(5, "stopped"), late, "does not answer: it is stopped by a signal")
-    assert in_one(said, at(6, "held"), late, NO_LOCK)
+    assert in_one(said, at(6, "held"), late, NO_LOCK, " in hold_the_lock")
     assert (
         job.stderr.count("kvcoll: the wait for rank 2 is over, after") >= 5
     )  # the last may come too late

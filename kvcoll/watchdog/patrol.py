@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from ..agreement import AcrossRanks
 from ..errors import LateRankError, text_of
 from ..transport.losses import Losses
+from .held import NO_FILE, HeldStack
 from .post import MpiPost, NoPost, Post
 from .processes import own_place
 from .stacks import stack_of
@@ -66,7 +67,7 @@ class Watch:
             )
         else:
             post = MpiPost(comm, mpi)
-            places = post.places()
+            places = post.places(NO_FILE if _held is None else _held.file)
         self._name = "kvcoll: "
         if post.rank and post.reaches_others:
             self._name += f"(rank {post.rank} says this, as no rank before it answers) "
@@ -116,6 +117,7 @@ _thread: threading.Thread | None = None
 _stop = threading.Event()
 _look_s = 1.0
 _finalize_hook: int | None = None
+_held: HeldStack | None = None
 
 
 def watch(
@@ -143,7 +145,9 @@ def watch(
     watchdog, which is never given back: what is under way in it when a store is closed
     might come out in another communicator.
     """
-    global _look_s
+    global _look_s, _held
+    if track.settings.held_stacks and _held is None:
+        _held = HeldStack()
     group = comm.Get_group()
     known = [w for w in _watches if mpi.Group.Compare(w.group, group) == mpi.IDENT]
     group.Free()
@@ -194,8 +198,8 @@ def stop() -> None:
 
 def forget() -> None:
     """Have no watchdogs: in a child made by fork they are its parent's."""
-    global _thread, _stop
-    _thread, _stop = None, threading.Event()
+    global _thread, _stop, _held
+    _thread, _stop, _held = None, threading.Event(), None
     _watches.clear()
 
 
@@ -207,6 +211,10 @@ def _run() -> None:
             for one in list(_watches):
                 one.station.look(min(now_s - before_s, _MOST_S))
             before_s = now_s
+            if _held is not None:
+                _held.put_off()
     except Exception as error:  # whatever it is: training goes on without a watchdog
         said = f"{type(error).__name__}: {text_of(error)}"
         print(f"kvcoll: the watchdog of this rank has ended: {said}", file=sys.stderr)
+    if _held is not None:
+        _held.end()

@@ -105,16 +105,16 @@ class MpiPost(Post):
             self.comm.Ack_failed()
         return messages
 
-    def places(self) -> list[Place]:
+    def places(self, file: int) -> list[Place]:
         """Tell all ranks where this one is; collective (MPI_Allgather)."""
-        own = own_place(self._mpi.COMM_WORLD.rank)
+        own = own_place(self._mpi.COMM_WORLD.rank, file)
         hosts = np.zeros((self.size, _HOST_BYTES), np.uint8)
-        numbers = np.zeros((self.size, 3), np.int64)
+        numbers = np.zeros((self.size, 4), np.int64)
         name = own.host.encode()[:_HOST_BYTES]
         mine = np.zeros(_HOST_BYTES, np.uint8)
         mine[: len(name)] = np.frombuffer(name, np.uint8)
         self.comm.Allgather(mine, hosts)
-        mine_too = np.array([own.pid, own.started, own.world_rank], np.int64)
+        mine_too = np.array([own.pid, own.started, own.world_rank, own.file], np.int64)
         self.comm.Allgather(mine_too, numbers)
         names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in hosts]
         pairs = zip(names, numbers.tolist(), strict=True)

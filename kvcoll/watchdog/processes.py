@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from .held import NO_FILE, read_stack
+
 GONE: Final = "gone"
 _PROC: Final = Path("/proc")
 _STARTED: Final = 19  # place of starttime among the fields that follow the command's name
@@ -25,12 +27,15 @@ class Place:
         When, in the kernel's ticks: another process of the same number began later.
     world_rank : int
         Its rank in the whole job.
+    file : int, default -1
+        Where it leaves its stack if it cannot answer, see `held`; -1 for nowhere.
     """
 
     host: str
     pid: int
     started: int
     world_rank: int
+    file: int = NO_FILE
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,13 @@ class Seen:
         The letter in ``/proc/<pid>/stat``, or `GONE`.
     sleeps_in : str
         The kernel's function in which it sleeps, where that may be read; or ``''``.
+    stack : str
+        Its Python stack, if it has left one; or ``''``.
     """
 
     state: str
     sleeps_in: str = ""
+    stack: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -54,10 +62,10 @@ class Seen:
         return self.state in (GONE, "Z", "X")
 
 
-def own_place(world_rank: int) -> Place:
+def own_place(world_rank: int, file: int = NO_FILE) -> Place:
     """Say where this process is."""
     pid = os.getpid()
-    return Place(socket.gethostname(), pid, int(_stat(pid)[_STARTED]), world_rank)
+    return Place(socket.gethostname(), pid, int(_stat(pid)[_STARTED]), world_rank, file)
 
 
 def look_at(place: Place) -> Seen:
@@ -70,7 +78,7 @@ def look_at(place: Place) -> Seen:
         return Seen("?")
     if int(fields[_STARTED]) != place.started:
         return Seen(GONE)
-    return Seen(fields[0], _sleeps_in(place.pid))
+    return Seen(fields[0], _sleeps_in(place.pid), read_stack(place.pid, place.file))
 
 
 def _stat(pid: int) -> list[str]:

@@ -197,12 +197,13 @@ class Incident:
         name = f"  rank {rank} (process {place.pid} on {place.host}{of_job})"
         told = self.told.get(rank)
         if told is None:
-            return [f"{name} {self._silence(rank)}"]
-        lines = [f"{name} {'; '.join(self._doings(told))}"]
-        if with_stack and told.stack:
-            lines[0] += ". It is at"
-            lines += ["  " + line for line in told.stack.rstrip("\n").splitlines()]
-        return lines
+            line = f"{name} {self._silence(rank)}"
+            stack = self.seen[rank].stack if rank in self.seen else ""
+        else:
+            line, stack = f"{name} {'; '.join(self._doings(told))}", told.stack
+        if not with_stack or not stack:
+            return [line]
+        return [f"{line}. It is at", *("  " + of_stack for of_stack in stack.splitlines())]
 
     def _doings(self, told: Told) -> list[str]:
         """Say in words what a rank does; what it is late for last, unless it is in that."""

@@ -17,6 +17,7 @@ _SWITCH: Final = "KVCOLL_WATCHDOG"
 _OF_FLOOR, _OF_CEILING, _OF_LIMIT = (
     f"{_SWITCH}_{name}_S" for name in ("FLOOR", "CEILING", "LIMIT")
 )
+_OF_HELD: Final = f"{_SWITCH}_HELD_STACKS"
 _ON, _OFF = ("on", "1", "yes", "true"), ("off", "0", "no", "false")
 
 
@@ -36,6 +37,10 @@ class Watchdog:
     limit_s : float or None, default 1800
         After so long every rank that waits raises `LateRankError`, or the job ends; None
         for never.
+    held_stacks : bool, default False
+        Have the stack also of a rank on which C code holds Python's lock, so that no thread
+        of it can answer. It takes ``faulthandler.dump_traceback_later``, of which there is
+        one in a process.
 
     Raises
     ------
@@ -45,13 +50,15 @@ class Watchdog:
     Notes
     -----
     The environment counts for more: ``KVCOLL_WATCHDOG`` (``on`` or ``off``),
-    ``KVCOLL_WATCHDOG_FLOOR_S``, ``KVCOLL_WATCHDOG_CEILING_S``, and
-    ``KVCOLL_WATCHDOG_LIMIT_S`` (a number, or ``off``).
+    ``KVCOLL_WATCHDOG_FLOOR_S``, ``KVCOLL_WATCHDOG_CEILING_S``,
+    ``KVCOLL_WATCHDOG_LIMIT_S`` (a number, or ``off``), and ``KVCOLL_WATCHDOG_HELD_STACKS``
+    (``on`` or ``off``).
     """
 
     floor_s: float = FLOOR_S
     ceiling_s: float = CEILING_S
     limit_s: float | None = LIMIT_S
+    held_stacks: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("floor_s", self.floor_s), ("ceiling_s", self.ceiling_s)):
@@ -66,7 +73,11 @@ class Watchdog:
 
     def __str__(self) -> str:
         limit = "None" if self.limit_s is None else f"{self.limit_s:g}"
-        return f"Watchdog(floor_s={self.floor_s:g}, ceiling_s={self.ceiling_s:g}, limit_s={limit})"
+        held = ", held_stacks=True" if self.held_stacks else ""
+        return (
+            f"Watchdog(floor_s={self.floor_s:g}, ceiling_s={self.ceiling_s:g}, "
+            f"limit_s={limit}{held})"
+        )
 
     @property
     def look_s(self) -> float:
@@ -88,10 +99,8 @@ def settled(given: Watchdog | bool, environment: Mapping[str, str]) -> Watchdog 
     ArgumentError
         A variable holds something else than it may.
     """
-    switch = environment.get(_SWITCH, "").strip().lower()
-    if switch and switch not in _ON + _OFF:
-        raise ArgumentError(f"{_SWITCH} is 'on' or 'off', got {environment[_SWITCH]!r}")
-    if switch in _OFF if switch else given is False:
+    is_on = _switched(environment, _SWITCH)
+    if given is False if is_on is None else not is_on:
         return None
     settings = given if isinstance(given, Watchdog) else Watchdog()
     floor_s, ceiling_s = _seconds(environment, _OF_FLOOR), _seconds(environment, _OF_CEILING)
@@ -100,11 +109,21 @@ def settled(given: Watchdog | bool, environment: Mapping[str, str]) -> Watchdog 
         ceiling_s = max(settings.ceiling_s, floor_s or 0.0)
     if floor_s is None:
         floor_s = min(settings.floor_s, ceiling_s)
-    settings = replace(settings, floor_s=floor_s, ceiling_s=ceiling_s)
+    held = _switched(environment, _OF_HELD)
+    held_stacks = settings.held_stacks if held is None else held
+    settings = replace(settings, floor_s=floor_s, ceiling_s=ceiling_s, held_stacks=held_stacks)
     if environment.get(_OF_LIMIT, "").strip().lower() in _OFF:
         return replace(settings, limit_s=None)
     limit_s = _seconds(environment, _OF_LIMIT)
     return settings if limit_s is None else replace(settings, limit_s=limit_s)
+
+
+def _switched(environment: Mapping[str, str], name: str) -> bool | None:
+    """Say whether a variable is on or off; None where it is not set."""
+    switch = environment.get(name, "").strip().lower()
+    if switch and switch not in _ON + _OFF:
+        raise ArgumentError(f"{name} is 'on' or 'off', got {environment[name]!r}")
+    return switch in _ON if switch else None
 
 
 def _seconds(environment: Mapping[str, str], name: str) -> float | None:

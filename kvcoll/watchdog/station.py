@@ -201,7 +201,7 @@ class Station:
             self._tell(source, {"kind": "told", "number": message["number"]} | self._own().encode())
         elif kind == "look":
             found = {str(r): self._look_at(self._places[r]) for r in message["ranks"]}
-            seen = {rank: [one.state, one.sleeps_in] for rank, one in found.items()}
+            seen = {rank: [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}
             self._tell(source, {"kind": "seen", "number": message["number"], "seen": seen})
         elif kind == "end":
             self._end(message["tracks"], message["text"], message["late"])
