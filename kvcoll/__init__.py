@@ -12,6 +12,7 @@ from .create import create
 from .sparse import RowSparse
 from .stop import StopSignals
 from .store import KVStore
+from .watchdog import Watchdog
 
 __all__ = [
     "Checkpoint",
@@ -19,6 +20,7 @@ __all__ = [
     "KVStoreBase",
     "RowSparse",
     "StopSignals",
+    "Watchdog",
     "__version__",
     "create",
     "errors",

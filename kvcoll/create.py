@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from .store import KVStore, Survivor
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .watchdog import Track, Watchdog, Watched, patrol, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -68,6 +70,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     elastic: bool = False,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore: ...
 
@@ -81,6 +84,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     elastic: bool = False,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> Any: ...
 
@@ -93,6 +97,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     elastic: bool = False,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStoreBase:
     """Make a key-value store.
@@ -128,6 +133,10 @@ def create(
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
         stored value is touched. Without, a loss in the midst of a sum needs a checkpoint.
+    watchdog : bool or Watchdog, default True
+        Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
+        call waits for other ranks for very long; raise `LateRankError`, or end the job, after
+        a hard limit. A `Watchdog` says how long that is, and the environment may say otherwise.
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -149,6 +158,8 @@ def create(
         `overlap` or ``'dist_async'``, and MPI was not started for several threads.
     RanksDisagreeError
         The ranks create different stores, or not all of them come in time.
+    LateRankError
+        By the watchdog, as by every call of the store that waits for other ranks.
 
     Notes
     -----
@@ -159,7 +170,9 @@ def create(
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
     kind = name.lower()
     if kind == "teststore" or kind in registered():
-        if any((comm is not None, reproducible, overlap, staleness is not None, elastic)):
+        given = (comm, staleness)
+        asked = (reproducible, overlap, elastic, watchdog is not True)
+        if any((*asked, *(option is not None for option in given))):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
@@ -171,6 +184,8 @@ def create(
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
     if not isinstance(elastic, (bool, np.bool_)):
         raise TypeError(f"elastic is a bool, got {elastic!r}")
+    if not isinstance(watchdog, (bool, Watchdog)):
+        raise TypeError(f"watchdog is a bool or a kvcoll.Watchdog, got {watchdog!r}")
     if staleness is not None:
         staleness = _as_staleness(kind, staleness)
     if not isinstance(create_limit_s, (int, float)) or not create_limit_s > 0:
@@ -180,17 +195,35 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late, bool(elastic))
+        options = _Options(bool(reproducible), overlap, late, bool(elastic), watchdog)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
 
 
+@dataclass(frozen=True, eq=False)
+class _Open:
+    """A store that is not closed.
+
+    Attributes
+    ----------
+    survivor : Survivor
+    link : Link
+        By which it agrees.
+    watch : callable
+        Has its calls watched, on the ranks that the link has then; collective.
+    """
+
+    survivor: Survivor
+    link: Link
+    watch: Callable[[], None]
+
+
 _links: list[Link] = []
 _world: list[Link] = []  # that of COMM_WORLD, once it is there
 # Held until they are closed, since others wait for them; each with by which link it agrees.
-_open_stores: list[tuple[Survivor, Link]] = []
+_open_stores: list[_Open] = []
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
@@ -211,6 +244,16 @@ class _Options:
     overlap: bool | str
     staleness: int | None
     elastic: bool
+    watchdog: bool | Watchdog
+
+    def settled(self, ranks: AcrossRanks) -> tuple[Call, Watchdog | None]:
+        """Say what to agree on, and how the store is watched; the environment may say otherwise."""
+        try:
+            settings = settled(self.watchdog, os.environ)
+        except ArgumentError as error:
+            ranks.refuse(f"create({self})", error)
+        words = str(self) if settings == Watchdog() else f"{self}, watchdog={settings or False}"
+        return Call(f"create({words})", digest("create", words, *_VERSIONS)), settings
 
     def __str__(self) -> str:
         kind = "dist_sync" if self.staleness is None else _ASYNC
@@ -237,8 +280,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
 
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
-    words = str(options)
-    call = Call(f"create({words})", digest("create", words, *_VERSIONS))
+    call, settings = options.settled(link.ranks)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
     if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
@@ -263,19 +305,56 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             apart=options.elastic,
             recovering=partial(_recover, link, limit_s),
         )
+        watched = partial(_watch, store, link, its_link, settings, is_world=world is not None)
+        watched()
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
     if its_link is not link:
         _links.append(its_link)
-    _open_stores[:] = [other for other in _open_stores if not other[0].store.closed]
+    _open_stores[:] = [other for other in _open_stores if not other.survivor.store.closed]
     survivor = Survivor(
         store, link.n_made, tree=options.reproducible, patient=patient, is_late=is_async
     )
-    _open_stores.append((survivor, its_link))
+    _open_stores.append(_Open(survivor, its_link, watched))
     if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
+
+
+def _watch(
+    store: KVStore, link: Link, its_link: Link, settings: Watchdog | None, *, is_world: bool
+) -> None:
+    """Have a store's calls watched; collective."""
+    from .transport import mpi
+
+    is_beside, ranks = its_link is not link, its_link.ranks
+    track = patrol.track_of(ranks)
+    if track is None:
+        if settings is None or link.comm.size == 1:
+            return
+        track = Track(ranks, settings, is_beside=is_beside, is_lasting=is_world)
+        duplicate = partial(mpi.duplicate, link.comm, _CREATE_LIMIT_S)
+        has_threads = mpi.allows_threads()
+        patrol.watch(
+            link.comm, link.losses, track, duplicate if has_threads else None, mpi.import_mpi()
+        )
+    guard, weak = store._guard, weakref.ref(store)
+
+    def version() -> int:
+        alive = weak()
+        return 0 if alive is None else alive.version
+
+    name = f"the {store.type!r} store" if is_beside else f"store {ranks.n_stores}"
+    watched = Watched(
+        name,
+        settings,
+        calls=lambda: guard.calls,
+        version=version,
+        thread=lambda: guard.thread,
+        is_closed=lambda: bool(guard.closed),
+    )
+    track.add(watched)
 
 
 def _async_link(own: MPI.Intracomm, link: Link) -> Link:
@@ -294,13 +373,20 @@ def _recover(link: Link, limit_s: float) -> None:
             "this MPI does not go on when a rank is lost: start the job with Open MPI 5 and "
             "mpirun --with-ft ulfm, or load a checkpoint in a new job"
         )
-    stores: dict[Recoverable, Link] = {
-        survivor: its_link
-        for survivor, its_link in _open_stores
-        if its_link.losses is link.losses and not survivor.store.closed
-    }
+    concerned = [
+        one
+        for one in _open_stores
+        if one.link.losses is link.losses and not one.survivor.store.closed
+    ]
+    before = {link.ranks, *(one.link.ranks for one in concerned)}
     exiting.arm()
+    stores: dict[Recoverable, Link] = {one.survivor: one.link for one in concerned}
     recover(link, stores, limit_s)
+    for ranks in before:
+        patrol.leave(ranks)
+    for one in sorted(concerned, key=lambda one: one.survivor.number):
+        if not one.survivor.store.closed:
+            one.watch()
 
 
 def _new_link(comm: Any, limit_s: float) -> Link:
@@ -334,7 +420,9 @@ def _leave_all() -> None:
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
+    patrol.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    patrol.stop()
     if not _links:
         return
     from .transport import mpi
@@ -353,9 +441,9 @@ def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | No
 
     A push that the ranks have not agreed on yet ends when the others leave.
     """
-    for survivor, its_link in _open_stores:
-        if its_link.ranks is ranks:
-            yield from survivor.store._pushes_end()
+    for one in _open_stores:
+        if one.link.ranks is ranks:
+            yield from one.survivor.store._pushes_end()
     return (yield from ranks.leave(why))
 
 
@@ -365,6 +453,7 @@ def _forget_all() -> None:
     _open_stores.clear()
     farewell.forget()
     exiting.forget()
+    patrol.forget()
 
 
 # A child made by fork must not speak for its parent.

@@ -106,9 +106,9 @@ def run(
     stop_all_if(sums, problem_with_files(args, params) if kv.rank == 0 else "")
 
     say(kv, describe_run(args, kv, params, train, test))
-    epochs = []
+    epochs: list[Epoch] = []
     for epoch in with_progress_bar(args, kv, fit(args, kv, sums, stop, params, train, test)):
-        epochs.append(epoch)
+        epochs[epoch.number :] = [epoch]  # once more, if a rank was lost at its end
         if epoch.number % math.ceil(args.epochs / 20) == 0 or epoch.number == args.epochs:
             say(kv, describe_epoch(epoch, len(train.digits)))
     if stop.agreed:

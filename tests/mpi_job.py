@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -39,14 +40,20 @@ class Job(NamedTuple):
 
 
 def run_job(
-    ranks: int, *arguments: str | Path, timeout_s: float = 40.0, env: dict[str, str] | None = None
+    ranks: int,
+    *arguments: str | Path,
+    timeout_s: float = 40.0,
+    env: dict[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Job:
     """Run `mpirun -n ranks python arguments...`, e.g. `run_job(2, "-c", code)`; kill it when late.
 
-    `env` is added to the environment. The limit of the test itself must be the longer one.
+    `env` is added to the environment, `options` to mpirun's. The limit of the test itself must
+    be the longer one.
     """
     with tempfile.TemporaryDirectory(prefix="kvcoll-job-") as folder:
-        job = _run(ranks, ["sh", "-c", TO_OWN_FILES, folder], arguments, timeout_s, env or {})
+        by = [*options, "sh", "-c", TO_OWN_FILES, folder]
+        job = _run(ranks, by, arguments, timeout_s, env or {})
         return job._replace(
             stdout=_said(folder, "stdout") + job.stdout, stderr=_said(folder, "stderr") + job.stderr
         )
@@ -71,7 +78,7 @@ def _run(
     timeout_s: float,
     env: dict[str, str],
 ) -> Job:
-    """Run Python on some ranks by way of the command `by`."""
+    """Run Python on some ranks by way of the command `by`, options of mpirun first."""
     command = [*_launcher(ranks), *by, sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,

@@ -54,6 +54,7 @@ FLOORS = {
     "engine": 8,
     "checkpoint": 8,
     "guard": 8,
+    "watchdog": 8,
     "by_rows": 9,
     "launch": 9,
     "store": 10,
