@@ -67,6 +67,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    verify_every: int | None = None,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore: ...
 
@@ -79,6 +80,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    verify_every: int | None = None,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> Any: ...
 
@@ -90,6 +92,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    verify_every: int | None = None,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStoreBase:
     """Make a key-value store.
@@ -121,6 +124,12 @@ def create(
     staleness : int, default 1
         Of ``'dist_async'``: how many pushes of a key may not be applied yet when a push of it
         returns; 0 waits for each.
+    verify_every : int, optional
+        Of ``'dist_*'``: compare the replicas after every so many pushes, see
+        `KVStore.verify`; a push then raises ReplicasDifferError, and where pushes overlap or
+        are late it waits for all. Every 1: the push after which they differ is named, at
+        the cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of each
+        push narrow it down; they cost some microseconds a key.
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -152,7 +161,8 @@ def create(
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
     kind = name.lower()
     if kind == "teststore" or kind in registered():
-        if any((comm is not None, reproducible, overlap, staleness is not None)):
+        given = (comm, staleness, verify_every)
+        if reproducible or overlap or any(option is not None for option in given):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
@@ -164,6 +174,8 @@ def create(
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
     if staleness is not None:
         staleness = _as_staleness(kind, staleness)
+    if verify_every is not None:
+        verify_every = _as_verify_every(kind, verify_every)
     if not isinstance(create_limit_s, (int, float)) or not create_limit_s > 0:
         raise ArgumentError(
             f"create_limit_s is a number of seconds above 0, got {create_limit_s!r}"
@@ -171,7 +183,7 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late)
+        options = _Options(bool(reproducible), overlap, late, verify_every or 0)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
@@ -203,6 +215,16 @@ def _as_staleness(kind: str, staleness: object) -> int:
     return int(staleness)
 
 
+def _as_verify_every(kind: str, n: object) -> int:
+    if kind not in _DISTRIBUTED:
+        raise ArgumentError(f"verify_every goes with 'dist_sync', not with {kind!r}")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"verify_every is an int, got {n!r}")
+    if n < 1:
+        raise ArgumentError(f"verify_every is a number of pushes, at least 1, got {n}")
+    return int(n)
+
+
 @dataclass(frozen=True)
 class _Options:
     """What must be the same on all ranks."""
@@ -210,12 +232,14 @@ class _Options:
     reproducible: bool
     overlap: bool | str
     staleness: int | None
+    verify_every: int
 
     def __str__(self) -> str:
         kind = "dist_sync" if self.staleness is None else _ASYNC
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
         late = "" if self.staleness is None else f", staleness={self.staleness}"
-        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}"
+        verify = f", verify_every={self.verify_every}" if self.verify_every else ""
+        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}{verify}"
 
     def launching(self, topology: Topology, agreement: Agreement) -> Callable[[Engine], Launch]:
         """Say when the store's pushes run."""
@@ -255,6 +279,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             one_thread=True,
             launching=launching,
             tree=options.reproducible,
+            verify_every=options.verify_every,
         )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)

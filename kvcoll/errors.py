@@ -60,6 +60,10 @@ class RankLeftError(RankFailedError):
     """A rank ended, or closed the store, while others still work with it."""
 
 
+class ReplicasDifferError(KVCollError, RuntimeError):
+    """The ranks' replicas do not hold the same bits, as a fault of memory or of a program."""
+
+
 class StoreClosedError(KVCollError, RuntimeError):
     """A call to a store that was closed, or that a rank has left."""
 

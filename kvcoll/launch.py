@@ -21,6 +21,7 @@ from .backlog import Backlog, Job, SharedError
 from .bucket import Bucket
 from .engine import Engine, Push
 from .errors import ArgumentError
+from .history import History, Note
 from .packing import pack_into
 from .replica import Entry
 from .schema import Key
@@ -39,6 +40,8 @@ class Launch(ABC):
     is_beside = False
     #: To be held by who reads stored values, so that no update is seen half done.
     reading: AbstractContextManager[object] = nullcontext()
+    #: Takes samples of what pushes have updated, if that is wanted.
+    history: History | None = None
 
     @abstractmethod
     def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
@@ -133,6 +136,8 @@ class InLine(Launch):
         """Run it."""
         flags = self._engine.agree(push, call, values, plain=plain)
         self._engine.push_agreed(push, values, updater, flags, rows)
+        if self.history is not None:
+            self.history.of_push(updater)(push.entries)
 
     def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
         """Return at once."""
@@ -321,15 +326,19 @@ class Overlap(_Behind):
     ) -> None:
         """Agree, pack, and leave sum and update to the backlog: a job a bucket."""
         flags = self._engine.agree(push, call, values, plain=plain)
+        note = None if self.history is None else self.history.of_push(updater)
         if updater.may_raise or push.sparse:
             self._engine.push_agreed(push, values, updater, flags, rows)
+            if note is not None:
+                note(push.entries)
             return
         try:
             for bucket in push.buckets:
                 dtype = self._engine.packed_dtype(bucket, flags)
                 packed = self._waiting.pack(bucket, values, updater, dtype)
                 keys = [member.entry.spec.key for member in bucket.members]
-                run = partial(self._sum, packed, in_pieces=not updater.needs_whole_keys)
+                in_pieces = not updater.needs_whole_keys
+                run = partial(self._sum, packed, note, in_pieces=in_pieces)
                 self._waiting.add(keys, priority, run)
         except BaseException as error:
             self._engine.abort(push.call.name, error)
@@ -349,12 +358,14 @@ class Overlap(_Behind):
         """Never anything: a sum that fails ends the job."""
         return ""
 
-    def _sum(self, packed: _Packed, *, in_pieces: bool) -> None:
+    def _sum(self, packed: _Packed, note: Note | None, *, in_pieces: bool) -> None:
         if in_pieces:
             self._engine.sum_packed(packed.bucket, packed.source, packed.sink)
         else:
             self._engine.sum_packed_whole(packed.bucket, packed.source, packed.total)
             packed.sink(0, packed.bucket.n_elements, packed.total)
+        if note is not None:
+            note(member.entry for member in packed.bucket.members)
         self._waiting.give_back(packed)
 
 
@@ -413,7 +424,8 @@ class Late(_Behind):
             for bucket in push.buckets
         ]
         keys = [entry.spec.key for entry in push.entries]
-        self._waiting.add(keys, 0, partial(self._run, push, parts, rows, updater, call))
+        note = None if self.history is None else self.history.of_push(updater)
+        self._waiting.add(keys, 0, partial(self._run, push, parts, rows, updater, call, note))
         if self._staleness == 0 or not updater.keeps_settings:
             self._waiting.wait(push.entries)
 
@@ -441,6 +453,7 @@ class Late(_Behind):
         rows: Sequence[Rows],
         updater: Updater,
         call: Call,
+        note: Note | None,
     ) -> None:
         try:
             self._agreement.confirm(call)
@@ -459,14 +472,15 @@ class Late(_Behind):
                     failure = self._engine.try_update(update)
             if isinstance(part, _Packed):
                 self._waiting.give_back(part)
-        if not updater.may_raise:
-            if failure is not None:
-                raise failure
-            return
-        with self.reading:
-            told = self._engine.mend(push, updater, failure)
-        if told is not None:
-            raise SharedError(told)
+        if updater.may_raise:
+            with self.reading:
+                told = self._engine.mend(push, updater, failure)
+            if told is not None:
+                raise SharedError(told)
+        elif failure is not None:
+            raise failure
+        if note is not None:
+            note(push.entries)
 
 
 def _slot_bytes(bucket: Bucket) -> int:
