@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import farewell
+from . import farewell, testing
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
@@ -187,6 +187,7 @@ def create(
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
+    testing.arm(os.environ)
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
 
 
@@ -261,6 +262,10 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
     words = str(options)
     call = Call(f"create({words})", digest("create", words, *_VERSIONS))
+    try:
+        testing.arm(os.environ)
+    except ArgumentError as error:
+        link.ranks.refuse(call.name, error)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
     if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from . import by_rows, farewell, states, verify
+from . import by_rows, farewell, faults, states, verify
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, round_to, signature
@@ -1253,9 +1253,13 @@ KeyKindError, ArrayError
         new.sort(key=lambda pair: pair[0].update_rank)
         return [spec for spec, _ in new], [array for _, array in new], is_list
 
-    def _push(self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT) -> list[Output]:
+    def _push(
+        self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT, *, spared: bool = False
+    ) -> list[Output]:
         if self._guard.inside:
             raise self._guard.nested()
+        if faults.armed is not None and not spared:
+            return self._push_with(faults.armed, key, value, priority, out)
         updater = self._updater
         try:
             self._guard.check_collective()
@@ -1284,6 +1288,24 @@ KeyKindError, ArrayError
         if self._verify_every and self._version % self._verify_every == 0:
             self._verify(None)
         return outputs
+
+    def _push_with(
+        self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
+    ) -> list[Output]:
+        """Push where faults wait, which may change it."""
+        push = faults.Push(self.rank, self._version + 1, key)
+        value, is_made = armed.before_push(push, value)
+        outputs = self._push(key, value, priority, out, spared=True) if is_made else []
+        armed.after_push(push, self._stored)
+        return outputs
+
+    def _stored(self, key: Key) -> list[Array]:
+        """Give a key's value and states, once no push waits; for faults."""
+        self._launch.drain()
+        entry, updater = self._replica.entries[key], self._updater
+        if isinstance(updater, Optimize) and key in updater.counts():
+            return [entry.flat, *updater.states_of(entry)]
+        return [entry.flat]
 
     def _verify(self, repair: str | None) -> str:
         with self._checked(verify.NAME):

@@ -18,6 +18,7 @@ PACKAGE = Path(kvcoll.__file__).parent
 FLOORS = {
     "_version": 0,
     "errors": 0,
+    "faults": 0,
     "topology": 0,
     "base": 1,
     "dlpack": 1,
@@ -59,6 +60,7 @@ FLOORS = {
     "launch": 9,
     "store": 10,
     "teststore": 10,
+    "testing": 10,
     "create": 11,
     "__init__": 12,
     "doctor": 12,
