@@ -36,6 +36,7 @@ from .errors import (
     rebuild,
     text_of,
 )
+from .transport.alarm import Alarm
 from .transport.contract import Messenger
 
 _STATE = struct.Struct("<QQQ")  # digest, number of the agreement, flags
@@ -247,6 +248,8 @@ class AcrossRanks(Agreement):
     Parameters
     ----------
     messenger : Messenger
+    alarm : Alarm or None, default None
+        Why no rank need be asked any more.
     idle : callable, optional
         Called over and over while a farewell is under way; it may push that on.
     one_error_ends : bool, default False
@@ -257,12 +260,14 @@ class AcrossRanks(Agreement):
     def __init__(
         self,
         messenger: Messenger,
+        alarm: Alarm | None = None,
         idle: Callable[[], None] | None = None,
         *,
         one_error_ends: bool = False,
     ) -> None:
         self._one_error_ends = one_error_ends
         self._messenger = messenger
+        self._alarm = alarm or Alarm()
         self._idle = idle or _nap
         self._is_held = False
         topology = messenger.topology
@@ -377,7 +382,9 @@ class AcrossRanks(Agreement):
         while self._leaving[0] is not turn:
             yield
         try:
-            return None if self._ended else (yield from self._leave(why, store))
+            if self._ended or self._alarm.error is not None:  # nobody can be told
+                return None
+            return (yield from self._leave(why, store))
         finally:
             self._open.discard(store)
             self._leaving.remove(turn)
@@ -421,6 +428,8 @@ class AcrossRanks(Agreement):
             self.settle()
         if self._ended:
             raise RankLeftError(self._ended)
+        if self._alarm.error is not None:
+            self._alarm.check()
         number = self._number
         self._number = number + 1
         sent, received = self._sent, self._received

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import farewell, testing
+from . import exiting, farewell, testing
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
-from .errors import ArgumentError, ThreadError, text_of
+from .errors import ArgumentError, NotSurvivableError, ThreadError, text_of
 from .launch import InLine, Late, Launch, Overlap
+from .recovery import Link, Recoverable, late_ranks, recover
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
-from .store import KVStore
+from .store import KVStore, Survivor
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
-from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -68,6 +68,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     verify_every: int | None = None,
+    elastic: bool = False,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore: ...
 
@@ -81,6 +82,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     verify_every: int | None = None,
+    elastic: bool = False,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> Any: ...
 
@@ -93,6 +95,7 @@ def create(
     overlap: bool | str = False,
     staleness: int | None = None,
     verify_every: int | None = None,
+    elastic: bool = False,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStoreBase:
     """Make a key-value store.
@@ -130,6 +133,10 @@ def create(
         are late it waits for all. Every 1: the push after which they differ is named, at
         the cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of each
         push narrow it down; they cost some microseconds a key.
+    elastic : bool, default False
+        Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
+        from there wherever a rank is lost: sums are complete, in memory of their own, before a
+        stored value is touched. Without, a loss in the midst of a sum needs a checkpoint.
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -162,7 +169,7 @@ def create(
     kind = name.lower()
     if kind == "teststore" or kind in registered():
         given = (comm, staleness, verify_every)
-        if reproducible or overlap or any(option is not None for option in given):
+        if any((reproducible, overlap, elastic, *(option is not None for option in given))):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
@@ -172,6 +179,8 @@ def create(
         raise TypeError(f"reproducible is a bool, got {reproducible!r}")
     if overlap != _ALWAYS and not isinstance(overlap, (bool, np.bool_)):
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
+    if not isinstance(elastic, (bool, np.bool_)):
+        raise TypeError(f"elastic is a bool, got {elastic!r}")
     if staleness is not None:
         staleness = _as_staleness(kind, staleness)
     if verify_every is not None:
@@ -183,7 +192,7 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late, verify_every or 0)
+        options = _Options(bool(reproducible), overlap, late, bool(elastic), verify_every or 0)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
@@ -191,19 +200,10 @@ def create(
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
 
 
-@dataclass(frozen=True, eq=False)
-class _Link:
-    """What the stores of one communicator share."""
-
-    comm: MPI.Intracomm
-    topology: Topology
-    ranks: AcrossRanks
-
-
-_links: list[_Link] = []
-_world: list[_Link] = []  # that of COMM_WORLD, once it is there
-# Held until they are closed, since others wait for them; each with whose agreement it has.
-_open_stores: list[tuple[KVStore, AcrossRanks]] = []
+_links: list[Link] = []
+_world: list[Link] = []  # that of COMM_WORLD, once it is there
+# Held until they are closed, since others wait for them; each with by which link it agrees.
+_open_stores: list[tuple[Survivor, Link]] = []
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
@@ -233,14 +233,16 @@ class _Options:
     reproducible: bool
     overlap: bool | str
     staleness: int | None
+    elastic: bool
     verify_every: int
 
     def __str__(self) -> str:
         kind = "dist_sync" if self.staleness is None else _ASYNC
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
         late = "" if self.staleness is None else f", staleness={self.staleness}"
+        elastic = ", elastic=True" if self.elastic else ""
         verify = f", verify_every={self.verify_every}" if self.verify_every else ""
-        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}{verify}"
+        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}{elastic}{verify}"
 
     def launching(self, topology: Topology, agreement: Agreement) -> Callable[[Engine], Launch]:
         """Say when the store's pushes run."""
@@ -270,10 +272,13 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
     link.ranks.confirm(call)
+    link.n_made += 1
     try:
-        own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
+        own = link.comm if world is None else mpi.duplicate(link.comm, limit_s, link.losses)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
-        transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
+        transport = transport_for(
+            own, link.topology, link.losses, tree=options.reproducible, patient=patient
+        )
         its_link = _async_link(own, link) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
@@ -285,40 +290,64 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             launching=launching,
             tree=options.reproducible,
             verify_every=options.verify_every,
+            apart=options.elastic,
+            recovering=partial(_recover, link, limit_s),
         )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
     if its_link is not link:
         _links.append(its_link)
-    _open_stores[:] = [other for other in _open_stores if not other[0].closed]
-    _open_stores.append((store, its_link.ranks))
+    _open_stores[:] = [other for other in _open_stores if not other[0].store.closed]
+    survivor = Survivor(
+        store, link.n_made, tree=options.reproducible, patient=patient, is_late=is_async
+    )
+    _open_stores.append((survivor, its_link))
     if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
 
-def _async_link(own: MPI.Intracomm, link: _Link) -> _Link:
-    """Make the link of one store, whose thread agrees while the caller uses others."""
-    from .transport import mpi
-
-    messenger = mpi.MpiMessenger(own, link.topology, Waiting.patient())
-    ranks = AcrossRanks(messenger, farewell.advance, one_error_ends=True)
-    return _Link(own, link.topology, ranks)
+def _async_link(own: MPI.Intracomm, link: Link) -> Link:
+    """Make the link of one late store."""
+    topology, losses = link.topology, link.losses
+    ranks = late_ranks(own, topology, losses, farewell.advance)
+    return Link(own, topology, ranks, losses, farewell.advance)
 
 
-def _new_link(comm: Any, limit_s: float) -> _Link:
+def _recover(link: Link, limit_s: float) -> None:
+    """Bring all stores of a link to the ranks that are left; see `KVStore.recover`."""
+    if link.topology.size == 1:
+        return
+    if not link.losses.survives:
+        raise NotSurvivableError(
+            "this MPI does not go on when a rank is lost: start the job with Open MPI 5 and "
+            "mpirun --with-ft ulfm, or load a checkpoint in a new job"
+        )
+    stores: dict[Recoverable, Link] = {
+        survivor: its_link
+        for survivor, its_link in _open_stores
+        if its_link.losses is link.losses and not survivor.store.closed
+    }
+    exiting.arm()
+    recover(link, stores, limit_s)
+
+
+def _new_link(comm: Any, limit_s: float) -> Link:
     from .transport import mpi
 
     own = mpi.duplicate(comm, limit_s)
-    topology = mpi.topology_of(own)
+    losses = mpi.losses_of(own)
+    topology = mpi.topology_of(own, losses)
     farewell.may_use_threads = mpi.allows_threads()
-    link = _Link(own, topology, AcrossRanks(mpi.MpiMessenger(own, topology), farewell.advance))
+    messenger = mpi.MpiMessenger(own, topology, losses=losses)
+    ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
+    link = Link(own, topology, ranks, losses, farewell.advance)
     _links.append(link)
     return link
 
 
-def _world_link(world: MPI.Intracomm, limit_s: float) -> _Link:
+def _world_link(world: MPI.Intracomm, limit_s: float) -> Link:
     if _world:
         _world[0].ranks.settle()
     if _world and _world[0].ranks.ended and not _world[0].ranks.is_final:
@@ -336,6 +365,17 @@ def _leave_all() -> None:
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    if not _links:
+        return
+    from .transport import mpi
+
+    # A late store's link has the losses, and the ranks, of one that comes before.
+    for link in {link.losses: link for link in reversed(_links)}.values():
+        if link.losses.survives and link.losses.alarm.error is not None:
+            exiting.arm()
+            # The others may go on without the lost ranks, and then without this one.
+            exiting.within_limit(partial(mpi.regroup, link.comm, stays=False))
+    exiting.finish(mpi.finalize, mpi.is_finalized)
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:
@@ -343,9 +383,9 @@ def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | No
 
     A push that the ranks have not agreed on yet ends when the others leave.
     """
-    for store, its_ranks in _open_stores:
-        if its_ranks is ranks:
-            yield from store._pushes_end()
+    for survivor, its_link in _open_stores:
+        if its_link.ranks is ranks:
+            yield from survivor.store._pushes_end()
     return (yield from ranks.leave(why))
 
 
@@ -354,6 +394,7 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
+    exiting.forget()
 
 
 # A child made by fork must not speak for its parent.

@@ -7,6 +7,8 @@ and its message alone, because one rank's mistake is raised on all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class KVCollError(Exception):
     """Base of every error that kvcoll raises by itself."""
@@ -62,6 +64,41 @@ class RankLeftError(RankFailedError):
 
 class ReplicasDifferError(KVCollError, RuntimeError):
     """The ranks' replicas do not hold the same bits, as a fault of memory or of a program."""
+
+
+class WaitEndedError(RankFailedError):
+    """Waiting for other ranks was ended: a call that they take part in cannot be completed.
+
+    Parameters
+    ----------
+    message : str
+    ranks : iterable of int
+        Which ranks it is about, as the communicator of the store counts them.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class RankLostError(WaitEndedError):
+    """Ranks have died; the others may go on without them, see `KVStore.recover`."""
+
+
+class LateRankError(WaitEndedError):
+    """Ranks have kept the others waiting for longer than the hard limit."""
+
+
+class NotSurvivableError(KVCollError, RuntimeError):
+    """The MPI of the job cannot go on when a rank has died."""
+
+
+class NoWholeReplicaError(RankFailedError):
+    """A loss has interrupted the pushes of all survivors halfway."""
+
+
+class BrokenMPIError(RankFailedError):
+    """MPI gives wrong results since a rank was lost."""
 
 
 class StoreClosedError(KVCollError, RuntimeError):

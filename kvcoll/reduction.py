@@ -16,6 +16,7 @@ from .transport.contract import Transport
 from .transport.host import HostTransport
 from .transport.hosts import HostsTransport
 from .transport.leg import DirectLeg, LegSizes
+from .transport.losses import Losses
 from .transport.memory import SharedMemory
 from .transport.waiting import Waiting
 
@@ -32,7 +33,12 @@ NO_SHARED_MEMORY = (
 
 
 def transport_for(
-    comm: MPI.Intracomm, topology: Topology, *, tree: bool = False, patient: bool = False
+    comm: MPI.Intracomm,
+    topology: Topology,
+    losses: Losses | None = None,
+    *,
+    tree: bool = False,
+    patient: bool = False,
 ) -> Transport:
     """Take the quickest way there is for ranks that are so placed; collective.
 
@@ -42,6 +48,8 @@ def transport_for(
         The transport's own: nobody else sends on it but with tags of their own.
     topology : Topology
         Of the ranks of `comm`.
+    losses : Losses or None, default None
+        Of ranks of `comm`, or of the communicator of which it is a duplicate.
     tree : bool, default False
         Add in a binary tree over the ranks, wherever they are.
     patient : bool, default False
@@ -55,26 +63,34 @@ def transport_for(
     """
     from .transport import mpi
 
-    waiting = Waiting.patient() if patient else None
-    flat = mpi.MpiTransport(comm, topology, waiting=waiting, tree=tree)
+    losses = losses or mpi.losses_of(comm)
+    waiting = Waiting.patient(losses.alarm) if patient else None
+    flat = mpi.MpiTransport(comm, topology, waiting=waiting, losses=losses, tree=tree)
     alone = topology.num_hosts == topology.size
     if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not _is_level(topology)):
         return flat
-    here = mpi.split(comm, topology.host, topology.rank)
+    here = mpi.split(comm, topology.host, topology.rank, losses)
     flat.keep(here)
 
     def share(n_bytes: int) -> SharedMemory | None:
-        return mpi.share_memory(here, n_bytes, everywhere=comm)
+        return mpi.share_memory(here, n_bytes, comm, losses)
 
     if topology.num_hosts > 1:
-        lane = mpi.split(comm, topology.local_rank, topology.host)
+        lane = mpi.split(comm, topology.local_rank, topology.host, losses)
         flat.keep(lane)
-        return _over_hosts(lane, flat, share, waiting=waiting, tree=tree) or flat
+        return _over_hosts(lane, flat, share, losses, waiting=waiting, tree=tree) or flat
     memory = share(HostTransport.bytes_for(topology.size, _PIECE_BYTES))
     if memory is None:
         return flat
     return HostTransport(
-        topology, memory, flat, share, waiting=waiting, tree=tree, piece_bytes=_PIECE_BYTES
+        topology,
+        memory,
+        flat,
+        share,
+        waiting=waiting,
+        alarm=losses.alarm,
+        tree=tree,
+        piece_bytes=_PIECE_BYTES,
     )
 
 
@@ -82,6 +98,7 @@ def _over_hosts(
     lane: MPI.Intracomm,
     flat: Transport,
     share: Callable[[int], SharedMemory | None],
+    losses: Losses,
     *,
     waiting: Waiting | None,
     tree: bool,
@@ -100,14 +117,14 @@ def _over_hosts(
     leg = None
     if topology.local_rank < lanes:
         adder = Adder([[host] for host in range(n_hosts)], sizes.row_bytes(n_hosts), tree=tree)
-        leg = DirectLeg(lane, mpi.import_mpi(), adder, sizes)
+        leg = DirectLeg(lane, mpi.import_mpi(), adder, sizes, losses)
     return HostsTransport(
         topology,
         memory,
         flat,
         leg,
         share,
-        waiting=waiting or Waiting(),
+        waiting=waiting or Waiting(alarm=losses.alarm),
         sizes=sizes,
         small_bytes=small_bytes,
         tree=tree,

@@ -123,11 +123,16 @@ class Verifier:
     def __init__(self, transport: Transport, agreement: Agreement, history: History | None) -> None:
         self.verified = 0
         self._transport, self._agreement, self._history = transport, agreement, history
-        self._size = transport.topology.size
 
     def trust(self, version: int) -> None:
         """Take note that the replicas are the same after so many pushes."""
         self.verified = version
+        if self._history is not None:
+            self._history.clear()
+
+    def move(self, transport: Transport, agreement: Agreement) -> None:
+        """Go on with other ranks; samples of pushes that some of them have taken back go."""
+        self._transport, self._agreement = transport, agreement
         if self._history is not None:
             self._history.clear()
 

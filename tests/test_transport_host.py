@@ -19,6 +19,7 @@ from kvcoll.transport import mpi
 from kvcoll.transport.contract import Transport
 from kvcoll.transport.host import Counters, HostTransport
 from kvcoll.transport.memory import share
+from kvcoll.transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -121,7 +122,7 @@ def test_memory_whose_token_is_another_is_not_taken() -> None:
 @pytest.mark.single
 def test_counters_wait_for_every_rank_also_where_cores_are_few() -> None:
     raw = np.zeros(3 * 64, np.uint8)
-    ranks = [Counters(raw, rank, yields=rank == 1) for rank in range(3)]
+    ranks = [Counters(raw, rank, Waiting.restless(), spins=200 * (rank != 1)) for rank in range(3)]
     for rank in (1, 2, 0):
         ranks[rank].raise_one()
     ranks[0].await_all()

@@ -21,6 +21,7 @@ import numpy as np
 from ..arrays import Array, DType, wide
 from ..sums import Adder
 from ..topology import Topology
+from .alarm import Alarm
 from .contract import Sink, Transport, Window, copies_to
 from .memory import SharedMemory
 from .sharing import LINE_BYTES, SharingTransport
@@ -46,22 +47,19 @@ class Counters:
     raw : numpy.ndarray, shape (n_ranks * 64,)
         Shared memory of uint8, zeroed.
     rank : int
-    yields : bool
-        Whether there are more ranks than cores, so that waiting must not burn one.
-    waiting : Waiting or None, default None
-        How to wait; None for as quick as can be.
+    waiting : Waiting
+        How to wait.
+    spins : int, default 0
+        How often to look before.
     """
 
-    def __init__(
-        self, raw: Array, rank: int, *, yields: bool, waiting: Waiting | None = None
-    ) -> None:
+    def __init__(self, raw: Array, rank: int, waiting: Waiting, spins: int = 0) -> None:
         words = raw.view(np.int64).data
         step = LINE_BYTES // 8
         self._mine = words[rank * step : rank * step + 1]
         others = [k for k in range(raw.size // LINE_BYTES) if k != rank]
         self._others = [words[k * step : k * step + 1] for k in others]
-        self._spins = 0 if yields or waiting else _SPINS
-        self._pause = waiting.pause if waiting else os.sched_yield
+        self._spins, self._pause = spins, waiting.pause
         self.value = 0
 
     def raise_one(self) -> None:
@@ -97,6 +95,8 @@ class HostTransport(SharingTransport):
         Gives that many bytes of further shared memory, or None, on all ranks alike.
     waiting : Waiting or None, default None
         How to wait for the other ranks; None for as quick as can be.
+    alarm : Alarm or None, default None
+        What ends that waiting before time, where `waiting` is None.
     tree : bool, default False
         Add in a binary tree over the ranks.
     piece_bytes : int, optional
@@ -118,6 +118,7 @@ class HostTransport(SharingTransport):
         share: Callable[[int], SharedMemory | None],
         *,
         waiting: Waiting | None = None,
+        alarm: Alarm | None = None,
         tree: bool = False,
         piece_bytes: int = _PIECE_BYTES,
         small_bytes: int = _SMALL_BYTES,
@@ -126,11 +127,12 @@ class HostTransport(SharingTransport):
         self._piece_bytes = piece_bytes
         lines = min(small_bytes // self._size, piece_bytes) // LINE_BYTES
         self._small_bytes = small_bytes = lines * LINE_BYTES
-        yields = self._size > (os.cpu_count() or 1)
+        spins = 0 if waiting or self._size > (os.cpu_count() or 1) else _SPINS
+        waiting = waiting or Waiting.restless(alarm)
         lines = LINE_BYTES * self._size
         raw = memory.raw
-        self._ready = Counters(raw[:lines], self._rank, yields=yields, waiting=waiting)
-        self._added = Counters(raw[lines : 2 * lines], self._rank, yields=yields, waiting=waiting)
+        self._ready = Counters(raw[:lines], self._rank, waiting, spins)
+        self._added = Counters(raw[lines : 2 * lines], self._rank, waiting, spins)
         slots = raw[2 * lines :].reshape(2 * (self._size + 1), piece_bytes)
         self._staging = slots[2:].reshape(self._size, 2, piece_bytes)
         self._sums = slots[:2]

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..sums import Adder
+from .losses import Losses
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -135,10 +136,15 @@ class DirectLeg(Leg):
     adder : Adder
         Of one row a peer; its rows must hold `LegSizes.row_bytes`.
     sizes : LegSizes
+    losses : Losses
+        What an error of MPI means.
     """
 
-    def __init__(self, comm: MPI.Intracomm, mpi: Any, adder: Adder, sizes: LegSizes) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, mpi: Any, adder: Adder, sizes: LegSizes, losses: Losses
+    ) -> None:
         self.sizes = sizes
+        self._losses, self._error = losses, mpi.Exception
         self._comm, self._byte, self._test_all = comm, mpi.BYTE, mpi.Request.Testall
         self._adder = adder
         self._rank, self._size = comm.rank, comm.size
@@ -164,11 +170,19 @@ class DirectLeg(Leg):
         views[self._rank] = mine[own]
         received = [(k, views[k]) for k in self._others]
         sent = [(k, mine[parts[k]]) for k in self._others]
-        requests = self._exchange(received, sent, _SCATTER)
+        with self._losses:
+            requests = self._exchange(received, sent, _SCATTER)
         self._scattering.append(_Segment(mine, out, views, requests, whole))
 
     def finish_one(self) -> bool:
         """Add what has come, and send it on; see `Leg.finish_one`."""
+        try:
+            return self._finish_one()
+        except self._error as error:
+            self._losses.hold(self)
+            raise self._losses.meaning(error) from error
+
+    def _finish_one(self) -> bool:
         while self._scattering and self._test_all(self._scattering[0].requests):
             self._gathering.append(self._added(self._scattering.popleft()))
         if self._gathering and self._test_all(self._gathering[0].requests):

@@ -7,10 +7,12 @@ works under every MPI and the order of a sum is ours, not the library's.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
@@ -19,6 +21,8 @@ from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
+from . import survivors
+from .alarm import Alarm
 from .contract import Exchange, Messenger, Pending, Sink, Transport, Window
 from .launcher import (
     check_before_start,
@@ -28,6 +32,7 @@ from .launcher import (
     say_if_alone,
 )
 from .leg import DirectLeg, Leg, LegSizes, post
+from .losses import Losses
 from .memory import SharedMemory, share
 from .waiting import Waiting
 
@@ -107,6 +112,17 @@ def default_communicator() -> MPI.Intracomm:
     return world
 
 
+def finalize() -> None:
+    """End MPI (MPI_Finalize), while other threads run: mpi4py's own call holds them up."""
+    ctypes.CDLL(import_mpi().__file__).MPI_Finalize()
+
+
+def is_finalized() -> bool:
+    """Say whether MPI was not started, or has been ended."""
+    mpi = import_mpi()
+    return not mpi.Is_initialized() or bool(mpi.Is_finalized())
+
+
 def allows_threads() -> bool:
     """Say whether several threads may call MPI at once (MPI_THREAD_MULTIPLE)."""
     mpi = import_mpi()
@@ -119,7 +135,39 @@ def is_world(comm: object) -> bool:
     return isinstance(comm, mpi.Intracomm) and bool(comm == mpi.COMM_WORLD)
 
 
-def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
+def losses_of(comm: MPI.Intracomm, alarm: Alarm | None = None) -> Losses:
+    """Give what MPI knows of ranks of a communicator that have died."""
+    return Losses(import_mpi(), comm, alarm or Alarm())
+
+
+def regroup(comm: MPI.Intracomm, *, stays: bool = True) -> Any:
+    """Give a communicator of the survivors that stay; see `survivors.regroup`."""
+    return survivors.regroup(import_mpi(), comm, stays=stays)
+
+
+def limited(comm: MPI.Intracomm, what: str, limit_s: float) -> AbstractContextManager[None]:
+    """End the job if a with-block takes longer; see `survivors.limited`."""
+    return survivors.limited(comm, what, limit_s)
+
+
+def agree(comm: MPI.Intracomm, bits: int) -> int | None:
+    """Give the bits that all ranks gave, None if one has died; see `survivors.agree`."""
+    return survivors.agree(import_mpi(), comm, bits)
+
+
+def check_collectives(comm: MPI.Intracomm, losses: Losses) -> None:
+    """Raise unless collectives give what they should; see `survivors.check_collectives`."""
+    with losses:
+        survivors.check_collectives(import_mpi(), comm)
+
+
+def ranks_in(comm: MPI.Intracomm, other: MPI.Intracomm) -> list[int]:
+    """Give for each rank of a communicator its rank in another one."""
+    mpi = import_mpi()
+    return [int(r) for r in mpi.Group.Translate_ranks(comm.group, None, other.group)]
+
+
+def duplicate(comm: object, limit_s: float, losses: Losses | None = None) -> MPI.Intracomm:
     """Duplicate a communicator, giving up when not all of its ranks come.
 
     Parameters
@@ -127,6 +175,8 @@ def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
     comm : mpi4py.MPI.Intracomm
     limit_s : float
         How many seconds to wait for the other ranks.
+    losses : Losses or None, default None
+        Of the ranks of `comm`, which are to be told of losses over the duplicate, too.
 
     Raises
     ------
@@ -134,6 +184,8 @@ def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
         It is no intra-communicator, or the null one.
     RanksDisagreeError
         Not all ranks of `comm` called it in time.
+    WaitEndedError
+        A rank has died.
 
     Notes
     -----
@@ -145,42 +197,56 @@ def duplicate(comm: object, limit_s: float) -> MPI.Intracomm:
             "comm must be an mpi4py intra-communicator that holds this rank, "
             f"got {comm!r} of type {type(comm).__name__}"
         )
+    losses = losses or losses_of(comm)
     copy: MPI.Intracomm
-    copy, request = comm.Idup()
-    end, nap_s = time.monotonic() + limit_s, 0.0
-    while not request.Test():
-        if time.monotonic() > end:
-            raise RanksDisagreeError(
-                f"not all {comm.size} ranks called create() of a distributed store within "
-                f"{limit_s:g} s: every rank of comm must create the same stores in the same order"
-            )
-        time.sleep(nap_s)
-        nap_s = min(nap_s + 1e-6, 1e-3)
+    with losses:
+        copy, request = comm.Idup()
+        end, nap_s = time.monotonic() + limit_s, 0.0
+        while not request.Test():
+            losses.alarm.check()
+            if time.monotonic() > end:
+                raise RanksDisagreeError(
+                    f"not all {comm.size} ranks called create() of a distributed store within "
+                    f"{limit_s:g} s: every rank of comm must create the same stores in the same "
+                    "order"
+                )
+            time.sleep(nap_s)
+            nap_s = min(nap_s + 1e-6, 1e-3)
     copy.Set_errhandler(mpi.ERRORS_RETURN)
+    losses.watch(copy)
     return copy
 
 
-def topology_of(comm: MPI.Intracomm) -> Topology:
+def topology_of(comm: MPI.Intracomm, losses: Losses | None = None) -> Topology:
     """Find which ranks share a host (MPI_Comm_split_type, MPI_COMM_TYPE_SHARED)."""
-    host = comm.Split_type(import_mpi().COMM_TYPE_SHARED)
-    leader = np.array([comm.rank], np.int64)
-    host.Bcast(leader)
-    host.Free()
-    leaders = np.empty(comm.size, np.int64)
-    comm.Allgather(leader, leaders)
+    losses = losses or losses_of(comm)
+    with losses:
+        host = comm.Split_type(import_mpi().COMM_TYPE_SHARED)
+        losses.watch(host)
+        leader = np.array([comm.rank], np.int64)
+        host.Bcast(leader)
+        leaders = np.empty(comm.size, np.int64)
+        comm.Allgather(leader, leaders)
+        host.Free()
     return Topology.of_leaders(comm.rank, leaders.tolist())
 
 
-def split(comm: MPI.Intracomm, color: int, key: int) -> MPI.Intracomm:
+def split(comm: MPI.Intracomm, color: int, key: int, losses: Losses | None = None) -> MPI.Intracomm:
     """Make a communicator of the ranks of one color, in the order of keys (MPI_Comm_split)."""
-    part: Any = comm.Split(color, key)
+    losses = losses or losses_of(comm)
+    with losses:
+        part: Any = comm.Split(color, key)
     part.Set_errhandler(import_mpi().ERRORS_RETURN)
+    losses.watch(part)
     own: MPI.Intracomm = part
     return own
 
 
 def share_memory(
-    host: MPI.Intracomm, n_bytes: int, everywhere: MPI.Intracomm
+    host: MPI.Intracomm,
+    n_bytes: int,
+    everywhere: MPI.Intracomm,
+    losses: Losses | None = None,
 ) -> SharedMemory | None:
     """Map the same memory in all ranks of each host.
 
@@ -191,6 +257,8 @@ def share_memory(
     n_bytes : int
     everywhere : mpi4py.MPI.Intracomm
         The ranks of all hosts, which call this together.
+    losses : Losses or None, default None
+        Of the ranks of all hosts.
 
     Returns
     -------
@@ -208,7 +276,8 @@ def share_memory(
         everywhere.Allreduce(import_mpi().IN_PLACE, votes, import_mpi().MIN)
         return bool(votes[0])
 
-    return share(host.rank, n_bytes, broadcast, all_true)
+    with losses or losses_of(everywhere):
+        return share(host.rank, n_bytes, broadcast, all_true)
 
 
 @final
@@ -226,6 +295,8 @@ class MpiTransport(Transport):
     topology : Topology
     waiting : Waiting or None, default None
         How to wait for the others in a sum; None for as quick as can be.
+    losses : Losses or None, default None
+        What an error of MPI means, and what ends the waiting; None for errors as they are.
     tree : bool, default False
         Add in a binary tree over the ranks, ``(0 + 1) + (2 + 3)``, and not one by one.
     sizes : LegSizes or None, default None
@@ -243,6 +314,7 @@ class MpiTransport(Transport):
         topology: Topology,
         *,
         waiting: Waiting | None = None,
+        losses: Losses | None = None,
         tree: bool = False,
         sizes: LegSizes | None = None,
         broadcast_bytes: int = _BROADCAST_BYTES,
@@ -252,6 +324,8 @@ class MpiTransport(Transport):
         self.topology = topology
         mpi = import_mpi()
         self._comm = comm
+        self._losses = losses or losses_of(comm)
+        alarm = self._losses.alarm
         self._parts: list[MPI.Intracomm] = []
         self._byte, self._in_place = mpi.BYTE, mpi.IN_PLACE
         self._rank, self._size = topology.rank, topology.size
@@ -261,15 +335,15 @@ class MpiTransport(Transport):
         self._middle_bytes = middle_bytes if waiting is None and self._size > 2 else 0
         if topology.num_hosts == 1:
             # Without a wire there is nothing to sleep for.
-            self._waiting = waiting or Waiting.restless()
+            self._waiting = waiting or Waiting.restless(alarm)
             sizes = sizes or LegSizes.in_memory(self._size)
         else:
-            self._waiting = waiting or Waiting()
+            self._waiting = waiting or Waiting(alarm=alarm)
             sizes = sizes or LegSizes.between_hosts(self._size)
         # Rows of few bits are added in four.
         row_bytes = max(sizes.row_bytes(self._size), 4 * small_bytes, 4 * middle_bytes)
         self._adder = Adder(topology.hosts, row_bytes, tree=tree)
-        self._leg: Leg = DirectLeg(comm, mpi, self._adder, sizes)
+        self._leg: Leg = DirectLeg(comm, mpi, self._adder, sizes, self._losses)
         self._rows = np.empty(max(small_bytes, middle_bytes + 32 * self._size), np.uint8)
         n_16 = -(-max(sizes.segment_bytes, 4 * small_bytes, 4 * middle_bytes) // 16)
         self._totals = np.empty((sizes.depth, n_16), np.complex128)
@@ -301,18 +375,20 @@ class MpiTransport(Transport):
     def broadcast(self, buffer: Array, root: int = 0) -> None:
         """Broadcast in messages of at most `broadcast_bytes` (MPI_Bcast)."""
         raw = buffer.view(np.uint8)
-        for start in range(0, raw.size, self._broadcast_bytes):
-            self._comm.Bcast([raw[start : start + self._broadcast_bytes], self._byte], root)
+        with self._losses:
+            for start in range(0, raw.size, self._broadcast_bytes):
+                self._comm.Bcast([raw[start : start + self._broadcast_bytes], self._byte], root)
 
     def start_all_to_all(
         self, sent: Mapping[int, Array], received: Mapping[int, Array]
     ) -> Exchange:
         """Begin by MPI_Irecv and MPI_Isend of messages as long as those of sums."""
         message_bytes = self._leg.sizes.message_bytes
-        requests = post(
-            self._comm, self._byte, received.items(), sent.items(), _EXCHANGE, message_bytes
-        )
-        return _Exchange(requests, self._waiting)
+        with self._losses:
+            requests = post(
+                self._comm, self._byte, received.items(), sent.items(), _EXCHANGE, message_bytes
+            )
+        return _Exchange(requests, self._waiting, self._losses)
 
     def abort(self, why: str) -> NoReturn:
         """Say why on stderr, and end the job (MPI_Abort)."""
@@ -334,12 +410,13 @@ class MpiTransport(Transport):
     def _sum_at_once(self, source: Array, out: Array) -> bool:
         """Sum in MPI's own calls; False, and nothing done, where a leg is quicker."""
         n_bytes = source.nbytes
-        if 0 < n_bytes * self._size <= self._small_bytes:
-            self._sum_all(source, out)
-        elif 0 < n_bytes <= self._middle_bytes:
-            self._sum_by_parts(source, out)
-        else:
-            return False
+        with self._losses:
+            if 0 < n_bytes * self._size <= self._small_bytes:
+                self._sum_all(source, out)
+            elif 0 < n_bytes <= self._middle_bytes:
+                self._sum_by_parts(source, out)
+            else:
+                return False
         return True
 
     def _sum_all(self, source: Array, out: Array) -> None:
@@ -397,13 +474,18 @@ def _in_bytes(counts: list[int], starts: list[int], itemsize: int) -> tuple[list
 
 @final
 class _Exchange(Exchange):
-    def __init__(self, requests: list[MPI.Request], waiting: Waiting) -> None:
-        self._requests, self._waiting = requests, waiting
+    def __init__(self, requests: list[MPI.Request], waiting: Waiting, losses: Losses) -> None:
+        self._requests, self._waiting, self._losses = requests, waiting, losses
         self._test_all = import_mpi().Request.Testall
 
     def wait(self) -> None:
         self._waiting.begin()
-        self._waiting.until(lambda: bool(self._test_all(self._requests)))
+        try:
+            with self._losses:
+                self._waiting.until(lambda: bool(self._test_all(self._requests)))
+        except BaseException:
+            self._losses.hold(self._requests)
+            raise
 
 
 @final
@@ -416,14 +498,22 @@ class MpiMessenger(Messenger):
     topology : Topology
     waiting : Waiting or None, default None
         How to wait for the other ranks; None for as quick as can be.
+    losses : Losses or None, default None
+        What an error of MPI means, and what ends the waiting; None for errors as they are.
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, topology: Topology, waiting: Waiting | None = None
+        self,
+        comm: MPI.Intracomm,
+        topology: Topology,
+        waiting: Waiting | None = None,
+        losses: Losses | None = None,
     ) -> None:
         self.topology = topology
         self._patience = waiting
         self._mpi = import_mpi()
+        self._losses = losses or losses_of(comm)
+        self._error = self._mpi.Exception
         self._comm = comm
         self._sendrecv = comm.Sendrecv
         self._byte = self._mpi.BYTE
@@ -433,33 +523,45 @@ class MpiMessenger(Messenger):
         if self._patience is not None:
             self._patience.until(self.start_exchange(sent, received, dest, source).done)
             return
-        self._sendrecv([sent, self._byte], dest, _AGREE, [received, self._byte], source, _AGREE)
+        try:
+            self._sendrecv([sent, self._byte], dest, _AGREE, [received, self._byte], source, _AGREE)
+        except self._error as error:
+            raise self._losses.meaning(error) from error
 
     def start_exchange(
         self, sent: bytearray, received: bytearray, dest: int, source: int
     ) -> Pending:
         """Exchange by MPI_Irecv and MPI_Isend."""
         byte = self._byte
-        return _Requests(
-            [
+        with self._losses:
+            requests = [
                 self._comm.Irecv([received, byte], source, _AGREE),
                 self._comm.Isend([sent, byte], dest, _AGREE),
             ]
-        )
+        return _Requests(requests, self._losses)
 
     def start_all_gather(self, text: bytes) -> Pending:
         """Send a text to each rank by MPI_Isend; lengths are probed for."""
-        return _Texts(self._comm, self.topology, text)
+        with self._losses:
+            return _Texts(self._comm, self.topology, text, self._losses)
 
 
 @final
 class _Requests(Pending):
-    def __init__(self, requests: list[MPI.Request]) -> None:
+    def __init__(self, requests: list[MPI.Request], losses: Losses) -> None:
         self._mpi = import_mpi()
-        self._requests = requests
+        self._requests, self._losses = requests, losses
 
     def done(self) -> bool:
-        return bool(self._mpi.Request.Testall(self._requests))
+        try:
+            with self._losses:
+                if self._mpi.Request.Testall(self._requests):
+                    return True
+            self._losses.alarm.check()
+        except BaseException:
+            self._losses.hold(self._requests)
+            raise
+        return False
 
     def texts(self) -> list[bytes]:
         return []
@@ -469,14 +571,27 @@ class _Requests(Pending):
 class _Texts(Pending):
     """Every rank's text; each message is received when it has been seen."""
 
-    def __init__(self, comm: MPI.Intracomm, topology: Topology, text: bytes) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, topology: Topology, text: bytes, losses: Losses
+    ) -> None:
         self._mpi = import_mpi()
-        self._comm = comm
+        self._comm, self._losses = comm, losses
         self._got: dict[int, bytes] = {topology.rank: text}
         self._waiting = [k for k in range(topology.size) if k != topology.rank]
         self._sends = [comm.Isend([text, self._mpi.BYTE], k, _TEXT) for k in self._waiting]
 
     def done(self) -> bool:
+        try:
+            with self._losses:
+                if self._all_here():
+                    return True
+            self._losses.alarm.check()
+        except BaseException:
+            self._losses.hold(self._sends)
+            raise
+        return False
+
+    def _all_here(self) -> bool:
         status = self._mpi.Status()
         for rank in list(self._waiting):
             if self._comm.Iprobe(rank, _TEXT, status):

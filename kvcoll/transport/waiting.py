@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import final
 
+from .alarm import Alarm
+
 # Over 1 Gbit/s naps cost no time, as the kernel's buffers keep the wire busy meanwhile, and
 # spare three quarters of the cores' time; but a small sum would be over before the first.
 _LOOKS = 2000
@@ -37,6 +39,8 @@ class Waiting:
     yields : bool, default True
         Whether to offer the core between looks, before the next nap. Before Python 3.12
         a thread that does so keeps the interpreter's lock, so another one gains nothing.
+    alarm : Alarm or None, default None
+        What ends the waiting before time.
     """
 
     def __init__(
@@ -46,26 +50,36 @@ class Waiting:
         again: int = 1,
         nap_s: float = _NAP_S,
         yields: bool = True,
+        alarm: Alarm | None = None,
     ) -> None:
         self._looks, self._again, self._nap_s, self._yields = looks, again, nap_s, yields
         self._left = looks
+        self._check = (alarm or Alarm()).check
 
     @classmethod
-    def patient(cls) -> Waiting:
+    def patient(cls, alarm: Alarm | None = None) -> Waiting:
         """Give one that sleeps soon, so that the core is another thread's."""
-        return cls(looks=_PATIENT_LOOKS, again=_PATIENT_LOOKS, nap_s=_PATIENT_NAP_S, yields=False)
+        often = _PATIENT_LOOKS
+        return cls(looks=often, again=often, nap_s=_PATIENT_NAP_S, yields=False, alarm=alarm)
 
     @classmethod
-    def restless(cls) -> Waiting:
+    def restless(cls, alarm: Alarm | None = None) -> Waiting:
         """Give one that never sleeps."""
-        return cls(looks=sys.maxsize)
+        return cls(looks=sys.maxsize, alarm=alarm)
 
     def begin(self) -> None:
         """Look often again: a sum begins."""
         self._left = self._looks
 
     def pause(self) -> None:
-        """Pass the time after a look in vain."""
+        """Pass the time after a look in vain.
+
+        Raises
+        ------
+        WaitEndedError
+            The alarm has sounded.
+        """
+        self._check()
         self._left -= 1
         if self._left > 0:
             if self._yields:

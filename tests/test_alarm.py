@@ -1,0 +1,108 @@
+"""What ends a rank's waiting: the alarm, what looks at it, and what errors of MPI mean then."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvcoll.errors import LateRankError, RankFailedError, RankLostError, rebuild
+from kvcoll.transport.alarm import Alarm
+from kvcoll.transport.host import Counters
+from kvcoll.transport.losses import survives_losses
+from kvcoll.transport.waiting import Waiting
+
+
+def test_the_first_error_counts_and_each_check_raises_a_copy_with_its_ranks() -> None:
+    alarm = Alarm()
+    alarm.check()
+    assert alarm.sound(RankLostError("rank 3 was lost", [3]))
+    assert not alarm.sound(LateRankError("rank 1 is late", [1]))
+    raised = []
+    for _ in range(2):
+        with pytest.raises(RankLostError, match=r"^rank 3 was lost$") as caught:
+            alarm.check()
+        assert caught.value.ranks == (3,)
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]
+
+
+def test_followers_are_called_once_also_those_that_come_late() -> None:
+    alarm, called = Alarm(), []
+    alarm.on_sound(lambda: called.append("early"))
+    assert called == []
+    alarm.sound(RankLostError("a rank was lost"))
+    alarm.sound(RankLostError("a rank was lost"))
+    alarm.on_sound(lambda: called.append("late"))
+    assert called == ["early", "late"]
+
+
+def test_who_waits_looks_now_and_then_and_raises_what_the_look_finds() -> None:
+    alarm, looks = Alarm(), [0]
+
+    def look() -> None:
+        looks[0] += 1
+        if looks[0] == 3:
+            alarm.sound(RankLostError("rank 0 was lost", [0]))
+
+    alarm.look_by(look)
+    began_s = time.monotonic()
+    with pytest.raises(RankLostError, match="rank 0"):
+        Waiting(looks=10, alarm=alarm).until(lambda: False)
+    assert looks[0] == 3
+    assert time.monotonic() - began_s >= 2 * 0.005
+
+
+@pytest.mark.parametrize("kind", ["quick", "patient", "restless"])
+def test_a_wait_for_a_counter_of_another_rank_ends_when_another_thread_sounds(kind: str) -> None:
+    alarm = Alarm()
+    waiting = {
+        "quick": Waiting(alarm=alarm),
+        "patient": Waiting.patient(alarm),
+        "restless": Waiting.restless(alarm),
+    }[kind]
+    counters = Counters(np.zeros(2 * 64, np.uint8), 0, waiting, spins=5)
+    counters.raise_one()
+    timer = threading.Timer(0.05, alarm.sound, [LateRankError("rank 1 is late", [1])])
+    timer.start()
+    with pytest.raises(LateRankError, match="rank 1 is late"):
+        counters.await_all()
+    timer.join()
+
+
+def test_errors_of_lost_and_late_ranks_are_rebuilt_from_their_names() -> None:
+    for kind in (RankLostError, LateRankError):
+        made = rebuild(kind.__name__, "rank 2")
+        assert type(made) is kind
+        assert isinstance(made, RankFailedError)
+        assert (str(made), made.ranks) == ("rank 2", ())
+
+
+class _Mpi:
+    """As much of mpi4py.MPI as says which MPI it is."""
+
+    def __init__(self, name: str, version: tuple[int, ...]) -> None:
+        self._vendor = name, version
+
+    def get_vendor(self) -> tuple[str, tuple[int, ...]]:
+        return self._vendor
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "switch", "expected"),
+    [
+        ("Open MPI", (5, 0, 11), "1", True),
+        ("Open MPI", (5, 0, 11), " True ", True),
+        ("Open MPI", (5, 0, 11), "0", False),
+        ("Open MPI", (5, 0, 11), None, False),
+        ("Open MPI", (4, 1, 4), "1", False),
+        ("MPICH", (5, 0, 2), "1", False),
+    ],
+)
+def test_only_open_mpi_5_that_was_told_so_survives_a_loss(
+    name: str, version: tuple[int, ...], switch: str | None, *, expected: bool
+) -> None:
+    environ = {} if switch is None else {"OMPI_MCA_mpi_ft_enable": switch}
+    assert survives_losses(_Mpi(name, version), environ) is expected
