@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import exiting, farewell
+from . import exiting, farewell, testing
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
@@ -69,6 +69,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    verify_every: int | None = None,
     elastic: bool = False,
     watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
@@ -83,6 +84,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    verify_every: int | None = None,
     elastic: bool = False,
     watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
@@ -96,6 +98,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    verify_every: int | None = None,
     elastic: bool = False,
     watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
@@ -129,6 +132,12 @@ def create(
     staleness : int, default 1
         Of ``'dist_async'``: how many pushes of a key may not be applied yet when a push of it
         returns; 0 waits for each.
+    verify_every : int, optional
+        Of ``'dist_*'``: compare the replicas after every so many pushes, see
+        `KVStore.verify`; a push then raises ReplicasDifferError, and where pushes overlap or
+        are late it waits for all. Every 1: the push after which they differ is named, at
+        the cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of each
+        push narrow it down; they cost some microseconds a key.
     elastic : bool, default False
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
@@ -170,7 +179,7 @@ def create(
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
     kind = name.lower()
     if kind == "teststore" or kind in registered():
-        given = (comm, staleness)
+        given = (comm, staleness, verify_every)
         asked = (reproducible, overlap, elastic, watchdog is not True)
         if any((*asked, *(option is not None for option in given))):
             raise ArgumentError(f"a {kind!r} store takes no options")
@@ -188,6 +197,8 @@ def create(
         raise TypeError(f"watchdog is a bool or a kvcoll.Watchdog, got {watchdog!r}")
     if staleness is not None:
         staleness = _as_staleness(kind, staleness)
+    if verify_every is not None:
+        verify_every = _as_verify_every(kind, verify_every)
     if not isinstance(create_limit_s, (int, float)) or not create_limit_s > 0:
         raise ArgumentError(
             f"create_limit_s is a number of seconds above 0, got {create_limit_s!r}"
@@ -195,10 +206,13 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late, bool(elastic), watchdog)
+        options = _Options(
+            bool(reproducible), overlap, late, bool(elastic), verify_every or 0, watchdog
+        )
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
+    testing.arm(os.environ)
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
 
 
@@ -236,6 +250,16 @@ def _as_staleness(kind: str, staleness: object) -> int:
     return int(staleness)
 
 
+def _as_verify_every(kind: str, n: object) -> int:
+    if kind not in _DISTRIBUTED:
+        raise ArgumentError(f"verify_every goes with 'dist_sync', not with {kind!r}")
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"verify_every is an int, got {n!r}")
+    if n < 1:
+        raise ArgumentError(f"verify_every is a number of pushes, at least 1, got {n}")
+    return int(n)
+
+
 @dataclass(frozen=True)
 class _Options:
     """What must be the same on all ranks."""
@@ -244,6 +268,7 @@ class _Options:
     overlap: bool | str
     staleness: int | None
     elastic: bool
+    verify_every: int
     watchdog: bool | Watchdog
 
     def settled(self, ranks: AcrossRanks) -> tuple[Call, Watchdog | None]:
@@ -260,7 +285,8 @@ class _Options:
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
         late = "" if self.staleness is None else f", staleness={self.staleness}"
         elastic = ", elastic=True" if self.elastic else ""
-        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}{elastic}"
+        verify = f", verify_every={self.verify_every}" if self.verify_every else ""
+        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}{elastic}{verify}"
 
     def launching(self, topology: Topology, agreement: Agreement) -> Callable[[Engine], Launch]:
         """Say when the store's pushes run."""
@@ -281,6 +307,10 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
     call, settings = options.settled(link.ranks)
+    try:
+        testing.arm(os.environ)
+    except ArgumentError as error:
+        link.ranks.refuse(call.name, error)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
     if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
@@ -302,6 +332,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             one_thread=True,
             launching=launching,
             tree=options.reproducible,
+            verify_every=options.verify_every,
             apart=options.elastic,
             recovering=partial(_recover, link, limit_s),
         )

@@ -62,6 +62,10 @@ class RankLeftError(RankFailedError):
     """A rank ended, or closed the store, while others still work with it."""
 
 
+class ReplicasDifferError(KVCollError, RuntimeError):
+    """The ranks' replicas do not hold the same bits, as a fault of memory or of a program."""
+
+
 class WaitEndedError(RankFailedError):
     """Waiting for other ranks was ended: a call that they take part in cannot be completed.
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from . import faults
 from .errors import ArgumentError, FileError
 
 PIECE_BYTES = 4 << 20  # the most that is written or read at once
@@ -132,6 +133,8 @@ def reading(path: str) -> Iterator[tuple[int, int]]:
 
 def write_all(descriptor: int, data: memoryview) -> None:
     """Write all bytes, where the system may take only some at once."""
+    if faults.armed is not None:
+        faults.armed.before_write()
     while data:
         data = data[os.write(descriptor, data[:PIECE_BYTES]) :]
 

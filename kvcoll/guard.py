@@ -112,7 +112,7 @@ class Guard:
     @property
     def is_busy(self) -> bool:
         """Whether a call is running, asked from outside of one."""
-        return self._depth > 0
+        return self._begun > self._ended_calls
 
     def nested(self) -> KVCollError:
         """Make the error of a collective call from within an updater."""

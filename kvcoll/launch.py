@@ -21,6 +21,7 @@ from .backlog import Backlog, Job, SharedError
 from .bucket import Bucket
 from .engine import Engine, Push
 from .errors import ArgumentError
+from .history import History, Note
 from .packing import pack_into
 from .replica import Entry
 from .schema import Key
@@ -40,6 +41,8 @@ class Launch(ABC):
     is_beside = False
     #: To be held by who reads stored values, so that no update is seen half done.
     reading: AbstractContextManager[object] = nullcontext()
+    #: Takes samples of what pushes have updated, if that is wanted.
+    history: History | None = None
 
     @abstractmethod
     def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
@@ -142,6 +145,8 @@ class InLine(Launch):
         """Run it."""
         flags = self._engine.agree(push, call, values, plain=plain)
         self._engine.push_agreed(push, values, updater, flags, rows)
+        if self.history is not None:
+            self.history.of_push(updater)(push.entries)
 
     def wait(self, entries: Iterable[Entry], *, to_read: bool = False) -> None:
         """Return at once."""
@@ -358,8 +363,11 @@ class Overlap(_Behind):
     ) -> None:
         """Agree, pack, and leave sum and update to the backlog: a job a bucket."""
         flags = self._engine.agree(push, call, values, plain=plain)
+        note = None if self.history is None else self.history.of_push(updater)
         if updater.may_raise or push.sparse:
             self._engine.push_agreed(push, values, updater, flags, rows)
+            if note is not None:
+                note(push.entries)
             return
         left = [len(push.buckets)]
         with self._counting:
@@ -371,7 +379,7 @@ class Overlap(_Behind):
                 dtype = self._engine.packed_dtype(bucket, flags)
                 packed = self._waiting.pack(bucket, values, updater, dtype)
                 keys = [member.entry.spec.key for member in bucket.members]
-                run = partial(self._sum, packed, left, in_pieces=in_pieces)
+                run = partial(self._sum, packed, left, note, in_pieces=in_pieces)
                 self._waiting.add(keys, priority, run, partial(updater.take_back, bucket))
         except BaseException as error:
             self._engine.abort(push.call.name, error)
@@ -396,7 +404,7 @@ class Overlap(_Behind):
         super().interrupt()
         self._unfinished.clear()
 
-    def _sum(self, packed: _Packed, left: list[int], *, in_pieces: bool) -> None:
+    def _sum(self, packed: _Packed, left: list[int], note: Note | None, *, in_pieces: bool) -> None:
         engine = self._engine
         if in_pieces:
             engine.is_whole = False
@@ -405,6 +413,8 @@ class Overlap(_Behind):
             engine.sum_packed_whole(packed.bucket, packed.source, packed.total)
             engine.is_whole = False
             packed.sink(0, packed.bucket.n_elements, packed.total)
+        if note is not None:
+            note(member.entry for member in packed.bucket.members)
         engine.is_whole = True
         engine.steps += 1
         left[0] -= 1
@@ -476,7 +486,8 @@ class Late(_Behind):
             for bucket in push.buckets
         ]
         keys = [entry.spec.key for entry in push.entries]
-        run = partial(self._run, push, parts, rows, updater, call)
+        note = None if self.history is None else self.history.of_push(updater)
+        run = partial(self._run, push, parts, rows, updater, call, note)
         self._waiting.add(keys, 0, run, partial(self._take_back, push, parts, updater))
         if self._staleness == 0 or not updater.keeps_settings:
             self._waiting.wait(push.entries)
@@ -516,6 +527,7 @@ class Late(_Behind):
         rows: Sequence[Rows],
         updater: Updater,
         call: Call,
+        note: Note | None,
     ) -> None:
         try:
             self._agreement.confirm(call)
@@ -535,14 +547,15 @@ class Late(_Behind):
         for part in parts:
             if isinstance(part, _Packed):
                 self._waiting.give_back(part)
-        if not updater.may_raise:
-            if failure is not None:
-                raise failure
-            return
-        with self.reading:
-            told = self._engine.mend(push, updater, failure)
-        if told is not None:
-            raise SharedError(told)
+        if updater.may_raise:
+            with self.reading:
+                told = self._engine.mend(push, updater, failure)
+            if told is not None:
+                raise SharedError(told)
+        elif failure is not None:
+            raise failure
+        if note is not None:
+            note(push.entries)
 
     def _update_all(self, updates: Sequence[Callable[[], None]]) -> BaseException | None:
         """Run updates, the first that fails being the last; give what it has raised."""

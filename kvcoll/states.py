@@ -71,7 +71,7 @@ class Saving:
         kept = []
         for key, count in own.counts().items():
             spec, states = entries[key].spec, own.states_of(entries[key])
-            names = _names(own.optimizer, spec.dtype)
+            names = names_of(own.optimizer, spec.dtype)
             for name, state in zip(names, states, strict=True):
                 self._arrays[f"{name}:{key}"] = state.reshape(spec.shape)
             kept.append([key, signature(spec.shape, spec.dtype), count, names])
@@ -264,7 +264,7 @@ class Draft:
                 f"{spec}, in {self._path!r} it held {kept.signature}: "
                 "load the states into a store of the same keys"
             )
-        names = _names(optimizer, spec.dtype)
+        names = names_of(optimizer, spec.dtype)
         if names != list(kept.names):
             raise StatesMismatchError(
                 f"{spec}, and {type(optimizer).__name__} keeps {_count(names)} of it, "
@@ -310,8 +310,8 @@ def read(path: str, updater: Updater, entries: Mapping[Key, Entry]) -> Draft:
         return draft
 
 
-def _names(optimizer: Optimizer, dtype: DType) -> list[str]:
-    """Name the states of a key; the last may be its master copy."""
+def names_of(optimizer: Optimizer, dtype: DType) -> list[str]:
+    """Name the states of a key as `Optimize.states_of` gives them; the last may be its master."""
     n, has_master = optimizer.n_states(dtype), optimizer.keeps_master(dtype)
     return [f"state{k}" for k in range(n - has_master)] + ["master"] * has_master
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from . import by_rows, farewell, states
+from . import by_rows, farewell, faults, states, verify
 from . import optimizer as optimizers
 from .agreement import Agreement, Call
 from .arrays import Array, as_array, round_to, signature
@@ -41,6 +41,7 @@ from .errors import (
 )
 from .files import as_path
 from .guard import Guard, Reading
+from .history import History
 from .launch import InLine, Launch
 from .outputs import Output, checked_outputs, fill
 from .recovery import Left, Recoverable, Standing
@@ -144,6 +145,8 @@ class KVStore(KVStoreBase):
         Makes of the store's engine a `Launch`, which says when pushes run.
     tree : bool, default False
         Whether the transport adds in a binary tree over the ranks.
+    verify_every : int, default 0
+        After how many pushes the replicas are compared; 0 for never.
     apart : bool, default False
         Whether sums are complete before a stored value is touched.
     recovering : callable, optional
@@ -159,6 +162,7 @@ class KVStore(KVStoreBase):
         one_thread: bool,
         launching: Callable[[Engine], Launch] = InLine,
         tree: bool = False,
+        verify_every: int = 0,
         apart: bool = False,
         recovering: Callable[[], None] | None = None,
     ) -> None:
@@ -176,6 +180,10 @@ class KVStore(KVStoreBase):
         self._own: dict[Key, Array] = {}  # what `empty` gave
         self._has_lent = False  # whether the user may hold stored values themselves
         self._version = 0
+        self._verify_every = verify_every
+        if verify_every > 1:  # else a comparison itself says which push it was
+            self._launch.history = History(lambda: self._version + 1)
+        self._verifier = verify.Verifier(transport, agreement, self._launch.history)
         self._checkpoints = Checkpoints(transport, agreement, self._checked)
         self._guard = Guard(
             one_thread=one_thread,
@@ -784,6 +792,55 @@ KeyKindError, ArrayError
             self._agreement.confirm(call)
             self._engine.compress(drafted)
 
+    # Replicas ---------------------------------------------------------------------
+
+    def verify(self, repair: str | None = None) -> str:
+        """Compare the replicas of all ranks, once all pushes are complete; called by all ranks.
+
+        They hold the same bits, always, unless memory or a program is at fault: this finds
+        out. `create` with `verify_every` does it by itself.
+
+        Parameters
+        ----------
+        repair : 'vote' or None, default None
+            If ``'vote'``, give all ranks the bits of most of them, of each value and state
+            for itself; on a tie those of rank 0, which may be the wrong ones. A
+            RuntimeWarning on rank 0 says what was repaired. Then they are compared again.
+
+        Returns
+        -------
+        str
+            The fingerprint of all that was compared, 32 hexadecimal digits: the same for the
+            same bits, in another job, too, and in `Checkpoint.fingerprint`.
+
+        Raises
+        ------
+        ReplicasDifferError
+            They differ; the same error on every rank, with the ranks, the key, and the push
+            since when. The store can be used on, and repaired.
+        ArgumentError
+            `repair` is something else.
+        RanksDisagreeError
+            The ranks call something else, or repair on some only.
+
+        Notes
+        -----
+        What is found: every bit of all values, and of the optimizer's states and master
+        copies, is looked at, so a flipped bit is found for certain (see `fingerprint`). What
+        is named: the key that differs; of several the one that did so first, as far as that
+        is known. The replicas were the same at the last comparison: where one is made after
+        each push, that push is the one. Else ``verify_every=n`` takes samples at each push, of
+        16 elements of each key that was pushed, others each time: an error that spreads over a key,
+        as one in a sum, is dated to its push, a lone bit to the push whose sample came to it,
+        or to between the last comparison and this one. Not compared are what compression has
+        left over, which is each rank's own, and what an updater of the user's keeps.
+
+        Cost: two agreements, and a pass over values and states at some 10 GB/s; ``repair``
+        broadcasts what differs (MPI_Bcast).
+        """
+        with self._guard:
+            return self._verify(repair)
+
     # Checkpoints ------------------------------------------------------------------
 
     def save(
@@ -838,15 +895,16 @@ KeyKindError, ArrayError
         Notes
         -----
         Every error is raised on every rank. Saved are values, the optimizer with its
-        settings and states, compression and what it has left over, `version`, and metadata;
-        but no code: neither an lr_scheduler,
-        nor the updater that `set_updater` was given. Files are in the safetensors
+        settings and states, compression and what it has left over, `version`, fingerprints, and
+        metadata; but no code: neither an lr_scheduler, nor the updater that `set_updater` was
+        given. Files are in the safetensors
         format and JSON, with a checksum of every byte; nothing in them can run. Each is
         written under another name that only this user may read, synced, and renamed; the
         manifest, without which a checkpoint does not count, comes last. So whenever a process
         is killed, the newest complete checkpoint can be loaded. Where all ranks see the
         folder, each writes its share of what is large (32 MB or more a rank); else rank 0
-        writes all. Cost: some ten agreements, one pass over the share, and the disk.
+        writes all. Cost: some ten agreements, a pass over 1/n of all for fingerprints, one over
+        the share, and the disk.
         """
         with self._guard:
             return self._checkpoints.save(
@@ -890,8 +948,9 @@ KeyKindError, ArrayError
         FileError
             A file cannot be read.
         FileFormatError
-            A file is truncated or altered. The message names the checkpoint before, if
-            there is one; it is not taken without a word.
+            A file is truncated or altered, or what a rank has loaded is not what was saved
+            (by its fingerprint). The message names the checkpoint before, if there is one; it
+            is not taken without a word.
         CheckpointMismatchError
             The store has keys, and they are not those of the checkpoint, with their shapes
             and dtypes, row-sparse or dense; or its updater is of another kind.
@@ -910,8 +969,9 @@ KeyKindError, ArrayError
         what ranks r, r + n, r + 2 n, ... had, so that nothing is lost. Settings that depend on the
         number of ranks, as `rescale_grad` may, are to be set after the load. Pushes that
         follow give the bits of a run that was not interrupted. Cost: each rank reads its
-        share where all see the folder, and broadcasts it (MPI_Bcast); a store that has
-        keys takes memory of its values' size meanwhile.
+        share where all see the folder, and broadcasts it (MPI_Bcast); then each takes all
+        fingerprints, so that the ranks are compared, too. A store that has keys takes memory of
+        its values' size meanwhile.
         """
         with self._guard:
             loading = self._checkpoints.open(path, self._contents)
@@ -931,6 +991,7 @@ KeyKindError, ArrayError
                 self._updater, self._version, checkpoint = loaded.apply()
                 self._engine.version = self._version
             self._engine.restore(compressor, is_on=loaded.is_compressed)
+            self._verifier.trust(self._version)
             self._plans.clear()  # they hold the states of before
             return checkpoint
 
@@ -992,8 +1053,8 @@ KeyKindError, ArrayError
         ------
         RanksDisagreeError
             At the end of the block, and in the other ranks' call: they call something
-            else than `push`, `pushpull`, `barrier`, `any_rank` and what is local, or of
-            another store, or have changed a setting of the optimizer that this rank does
+            else than `push`, `pushpull`, `barrier`, `any_rank`, `verify` and what is local, or
+            of another store, or have changed a setting of the optimizer that this rank does
             not know of.
         KVCollError
             What a push of the others has raised on all ranks.
@@ -1144,10 +1205,13 @@ KeyKindError, ArrayError
         """Do what the other ranks do, with nothing of this rank's own."""
         if call.name in (_BARRIER.name, _ANY_RANK.name):
             self._agreement.confirm(_BARRIER if call.name == _BARRIER.name else _ANY_RANK)
+        elif call.name in (verify.NAME, verify.REPAIR_NAME):
+            self._verify(verify.VOTE if call.name == verify.REPAIR_NAME else None)
         elif call.keys is None:
             error = RanksDisagreeError(
                 f"rank {self.rank} is at the end of join(), others called {call.name}: only push, "
-                "pushpull, barrier and any_rank can be called once a rank has come to the end"
+                "pushpull, barrier, any_rank and verify can be called once a rank has come to the "
+                "end"
             )
             self._agreement.refuse("the end of join()", error)
         else:
@@ -1293,9 +1357,13 @@ KeyKindError, ArrayError
         new.sort(key=lambda pair: pair[0].update_rank)
         return [spec for spec, _ in new], [array for _, array in new], is_list
 
-    def _push(self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT) -> list[Output]:
+    def _push(
+        self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT, *, spared: bool = False
+    ) -> list[Output]:
         if self._guard.inside:
             raise self._guard.nested()
+        if faults.armed is not None and not spared:
+            return self._push_with(faults.armed, key, value, priority, out)
         updater = self._updater
         try:
             self._guard.check_collective()
@@ -1321,7 +1389,36 @@ KeyKindError, ArrayError
             push, values, updater, call, plain=not is_own, priority=priority, rows=ready
         )
         self._version += 1
+        if self._verify_every and self._version % self._verify_every == 0:
+            self._verify(None)
         return outputs
+
+    def _push_with(
+        self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
+    ) -> list[Output]:
+        """Push where faults wait, which may change it."""
+        push = faults.Push(self.rank, self._version + 1, key)
+        value, is_made = armed.before_push(push, value)
+        outputs = self._push(key, value, priority, out, spared=True) if is_made else []
+        armed.after_push(push, self._stored)
+        return outputs
+
+    def _stored(self, key: Key) -> list[Array]:
+        """Give a key's value and states, once no push waits; for faults."""
+        self._launch.drain()
+        entry, updater = self._replica.entries[key], self._updater
+        if isinstance(updater, Optimize) and key in updater.counts():
+            return [entry.flat, *updater.states_of(entry)]
+        return [entry.flat]
+
+    def _verify(self, repair: str | None) -> str:
+        with self._checked(verify.NAME):
+            repairs = verify.check_repair(repair)
+            updater, version = self._updater, self._version
+            parts = verify.parts_of(self._replica.entries.values(), updater)
+            prints = {part.name: part.fingerprint() for part in parts}
+        with self._launch.reading:
+            return self._verifier.compare(parts, prints, updater, version, repair=repairs)
 
     def _plan(self, key: Any) -> _Plan:
         """Check and plan a key or a list of keys, once for each list."""
@@ -1424,6 +1521,7 @@ class Survivor(Recoverable):
             store._transport, store._topology, store._agreement = transport, topology, agreement
             store._launch.move(topology, agreement)
             store._checkpoints.move(transport, agreement)
+            store._verifier.move(transport, agreement)
             store._version = store._engine.version
 
         return commit

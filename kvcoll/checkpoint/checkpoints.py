@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -28,7 +29,7 @@ from .content import Content, Contents, as_json, as_keep, content_of, own_of
 from .kept import Kept, dtype_named
 from .layout import Layout
 from .loading import Loading, check_keys, check_updater
-from .manifest import Manifest, parse
+from .manifest import Manifest, fingerprint_of, parse
 from .reading import pointing_to_older, read_manifest
 from .together import Together
 from .writing import Writing
@@ -46,6 +47,14 @@ class _Place(NamedTuple):
     is_shared: bool
     rank_metadata: tuple[Any, ...]
     rank_arrays: tuple[tuple[Kept, ...], ...]
+
+
+class _Said(NamedTuple):
+    """What the manifest says beside what the ranks have."""
+
+    metadata: object
+    keep: int | None
+    fingerprints: tuple[str, ...]
 
 
 @final
@@ -98,7 +107,9 @@ class Checkpoints:
         self.finish()
         place = self._begin(given, content, own, rank_text)
         try:
-            writing = self._take(place, content, own, json.loads(text), keep_last, copies=not wait)
+            prints = self._fingerprints(content)
+            said = _Said(json.loads(text), keep_last, prints)
+            writing = self._take(place, content, own, said, copies=not wait)
         except Exception:
             self._discard(place.folder)
             raise
@@ -243,8 +254,7 @@ class Checkpoints:
         place: _Place,
         content: Content,
         own: Contents,
-        metadata: object,
-        keep: int | None,
+        said: _Said,
         *,
         copies: bool,
     ) -> Writing:
@@ -259,8 +269,9 @@ class Checkpoints:
             keys=content.keys,
             row_sparse=content.row_sparse,
             arrays=content.arrays,
+            fingerprints=said.fingerprints,
             optimizer=content.optimizer,
-            metadata=metadata,
+            metadata=said.metadata,
             rank_metadata=place.rank_metadata,
             rank_arrays=place.rank_arrays,
             parts=(),
@@ -273,10 +284,30 @@ class Checkpoints:
             if copies:
                 files = memory.copied(files)
             expected = layout.part_files + layout.rank_files if self._rank == 0 else None
-            complete = partial(layout.complete, place.folder, draft, keep)
+            complete = partial(layout.complete, place.folder, draft, said.keep)
             return Writing(place.folder, files, expected, complete)
 
         return self._together.do(take)
+
+    def _fingerprints(self, content: Content) -> tuple[str, ...]:
+        """Take the fingerprint of each array, each rank its share of them; give all.
+
+        Not of the share that it writes: so replicas that differ do not make a checkpoint.
+        """
+        ends = list(accumulate(kept.n_bytes for kept in content.arrays))
+        total = max(ends[-1] if ends else 0, 1)
+
+        def take() -> str:
+            mine = {
+                number: fingerprint_of(kept, content.flat[kept.name])
+                for number, (kept, end) in enumerate(zip(content.arrays, ends, strict=True))
+                if (max(end - 1, 0) * self._size // total + 1) % self._size == self._rank
+            }
+            return json.dumps(list(mine.items()))
+
+        told = [json.loads(text) for text in self._together.run(take)]
+        by_number = {number: one for of_rank in told for number, one in of_rank}
+        return tuple(by_number[number] for number in range(len(ends)))
 
     def _own_arrays(self, place: _Place, own: Contents) -> dict[int, Mapping[str, Array]]:
         """Give for each rank whose own arrays this rank writes these arrays."""

@@ -22,7 +22,16 @@ from ..updater import Assign, Optimize, Updater
 from . import memory
 from .content import Contents
 from .manifest import Manifest
-from .reading import Checkpoint, Wanted, about, pointing_to_older, read_part, wanted_of, whole
+from .reading import (
+    Checkpoint,
+    Wanted,
+    about,
+    check_fingerprints,
+    pointing_to_older,
+    read_part,
+    wanted_of,
+    whole,
+)
 from .shares import worker_of
 from .together import Together
 
@@ -102,6 +111,12 @@ class Loading:
             for arrays in own.values():
                 for array in arrays.values():
                     self._transport.broadcast(array, 0)
+
+        def check() -> None:
+            with pointing_to_older(self._folder):
+                check_fingerprints(self._folder, manifest, loaded.flat)
+
+        self.together.do(check)
         mine = [own[rank] for rank in sorted(own) if rank % self._size == self._rank]
         loaded.own = _summed(mine)
         return loaded

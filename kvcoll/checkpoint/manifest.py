@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, final
 
-from .. import compression
+from .. import compression, fingerprint
 from .._version import __version__
+from ..arrays import Array
 from ..errors import ArgumentError, FileFormatError
 from ..schema import Key
 from .folder import PART
@@ -30,6 +31,7 @@ _LARGEST = 2**62
 _MOST_RANKS = 10**9
 _MOST_DIMENSIONS = 64
 _DIGITS = re.compile(r"[0-9a-f]{8}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Manifest:
         Which of them are row-sparse keys.
     arrays : tuple of Kept
         All that is the same on all ranks; the keys' values first, in their order.
+    fingerprints : tuple of str
+        Theirs, see `fingerprint_of`.
     optimizer : dict of str to str, or None
         What `states.Saving` says of itself.
     metadata : object
@@ -90,6 +94,7 @@ class Manifest:
     keys: tuple[Key, ...]
     row_sparse: tuple[bool, ...]
     arrays: tuple[Kept, ...]
+    fingerprints: tuple[str, ...]
     optimizer: dict[str, str] | None
     metadata: Any
     rank_metadata: tuple[Any, ...]
@@ -97,6 +102,17 @@ class Manifest:
     parts: tuple[Part, ...]
     starts: tuple[Start, ...]
     rank_parts: tuple[Part, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """The one of all `arrays`, as `KVStore.verify` gives it."""
+        names = (array.name for array in self.arrays)
+        return fingerprint.of_all(dict(zip(names, self.fingerprints, strict=True)))
+
+
+def fingerprint_of(kept: Kept, flat: Array) -> str:
+    """Give the fingerprint of an array of a checkpoint, the same as that of a store's."""
+    return fingerprint.of(flat, kept.name, kept.shape)
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -114,6 +130,7 @@ def encode(manifest: Manifest) -> bytes:
         "keys": manifest.keys,
         "row_sparse": manifest.row_sparse,
         "arrays": _plain(manifest.arrays),
+        "fingerprints": manifest.fingerprints,
         "optimizer": manifest.optimizer,
         "rank_arrays": [_plain(arrays) for arrays in manifest.rank_arrays],
         "parts": [[part.file, part.n_bytes, part.checksum] for part in manifest.parts],
@@ -179,6 +196,7 @@ class _Parser:
                 keys,
                 self._bools(content["row_sparse"]),
                 arrays,
+                self._fingerprints(content["fingerprints"], len(arrays)),
                 None if content["optimizer"] is None else self._texts(content["optimizer"]),
                 content["metadata"],
                 tuple(self._list(content["rank_metadata"])),
@@ -236,6 +254,12 @@ class _Parser:
         if len({array.name for array in arrays}) != len(arrays):
             self._refuse("an array stands twice in its list")
         return tuple(arrays)
+
+    def _fingerprints(self, listed: Any, n: int) -> tuple[str, ...]:
+        found = tuple(self._text(text) for text in self._list(listed))
+        if len(found) != n or not all(_FINGERPRINT.fullmatch(text) for text in found):
+            self._refuse("it has not one fingerprint an array")
+        return found
 
     def _parts(self, listed: Any) -> tuple[Part, ...]:
         parts = []

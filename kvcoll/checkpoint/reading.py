@@ -17,7 +17,7 @@ from ..files import as_path, read_small
 from ..schema import Key
 from . import folder as folders
 from .kept import Kept, as_stored, stored_shape
-from .manifest import MOST_BYTES, Manifest, Part, parse
+from .manifest import MOST_BYTES, Manifest, Part, fingerprint_of, parse
 from .shares import Piece, is_whole, name_of, pieces
 
 
@@ -33,6 +33,8 @@ class Checkpoint:
         How many pushes the store had made, `KVStore.version`.
     num_workers : int
         By how many ranks it was saved.
+    fingerprint : str
+        Of all values and states, as `KVStore.verify` gave it then and gives it once loaded.
     metadata : object
         What `KVStore.save` was given.
     rank_metadata : tuple of object
@@ -42,6 +44,7 @@ class Checkpoint:
     path: str
     version: int
     num_workers: int
+    fingerprint: str
     metadata: Any
     rank_metadata: tuple[Any, ...]
 
@@ -101,13 +104,19 @@ def load(path: Any) -> tuple[dict[Key, Array], Checkpoint]:
         for part, wanted in zip(manifest.parts, wanted_of(manifest, flat), strict=True):
             if wanted:
                 read_part(folder, part, wanted)
+        check_fingerprints(folder, manifest, flat)
     return values, about(folder, manifest)
 
 
 def about(folder: str, manifest: Manifest) -> Checkpoint:
     """Give what a user wants to know."""
     return Checkpoint(
-        folder, manifest.version, manifest.num_workers, manifest.metadata, manifest.rank_metadata
+        path=folder,
+        version=manifest.version,
+        num_workers=manifest.num_workers,
+        fingerprint=manifest.fingerprint,
+        metadata=manifest.metadata,
+        rank_metadata=manifest.rank_metadata,
     )
 
 
@@ -162,6 +171,30 @@ def read_part(folder: str, part: Part, wanted: Sequence[Wanted]) -> None:
             if stored is None or (stored.shape, stored.dtype) != (one.shape, out.dtype):
                 file.refuse(f"array {one.name!r} is not in it, or not as the manifest says")
             file.read_into(one.name, out)
+
+
+def check_fingerprints(folder: str, manifest: Manifest, flat: Mapping[str, Array]) -> None:
+    """Compare arrays that have been read with those that the store held.
+
+    Parameters
+    ----------
+    folder : str
+    manifest : Manifest
+    flat : mapping of str to numpy.ndarray
+        By name; those that are not in it are left out.
+
+    Raises
+    ------
+    FileFormatError
+        One is another, though each file fits its checksums.
+    """
+    for kept, expected in zip(manifest.arrays, manifest.fingerprints, strict=True):
+        if kept.name in flat and fingerprint_of(kept, flat[kept.name]) != expected:
+            raise FileFormatError(
+                f"{folder!r} is not a sound checkpoint: array {kept.name!r} does not fit its "
+                "fingerprint, though the files fit their checksums: it was saved by ranks whose "
+                "replicas differed (see KVStore.verify), or this machine's memory is at fault"
+            )
 
 
 @contextmanager

@@ -104,6 +104,7 @@ def _make(n_bytes: int, token: bytes) -> int | None:
     except OSError:
         return None
     try:
+        os.fchmod(descriptor, 0o600)  # beside what /proc allows, other users must not open it
         os.ftruncate(descriptor, n_bytes)
         os.pwrite(descriptor, token, 0)
     except OSError:
