@@ -22,6 +22,7 @@ FLOORS = {
     "base": 1,
     "dlpack": 1,
     "files": 1,
+    "gpu": 1,
     "lr_scheduler": 1,
     "arrays": 2,
     "schema": 3,
