@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 
 from .array import DeviceArray
@@ -224,9 +223,3 @@ class Gpus(ABC):
         DTypeMismatchError
             That library does not know the dtype.
         """
-
-
-def scalar(value: float, dtype: npt.DTypeLike) -> np.generic:
-    """Make a number of one dtype, to be handed to a kernel by value."""
-    number: np.generic = np.dtype(dtype).type(value)
-    return number
