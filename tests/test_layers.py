@@ -44,6 +44,8 @@ FLOORS = {
     "agreement": 5,
     "packing": 6,
     "coded": 5,
+    "kernels": 5,
+    "nccl": 6,
     "compression": 5,
     "updater": 6,
     "residual": 6,
