@@ -570,6 +570,10 @@ class FakeArray(NDArrayOperatorsMixin):
         """Copy to the host, which waits for it."""
         return self._gpus.read(self.device_array, self._stream)
 
+    def __getitem__(self, part: slice) -> FakeArray:
+        """View a part of a flat array."""
+        return FakeArray(self._gpus, self.device_array[part])
+
     def __setitem__(self, place: Any, value: Any) -> None:
         numbers = self._numbers(value)
         reads = [value.device_array] if isinstance(value, FakeArray) else []
