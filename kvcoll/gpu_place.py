@@ -44,13 +44,15 @@ class GpuPlace(Place):
     gpus : Gpus
     device : Device
         Where the store's values lie.
+    stream : Stream, optional
+        That of the transport, where there is one; by default a new one.
     """
 
     is_host = False
 
-    def __init__(self, gpus: Gpus, device: Device) -> None:
+    def __init__(self, gpus: Gpus, device: Device, stream: Stream | None = None) -> None:
         self.gpus, self.device = gpus, device
-        self.stream: Stream = device.stream()
+        self.stream: Stream = device.stream() if stream is None else stream
         self.launcher = Launcher(gpus, device, self.stream)
         self._staging = Staging(gpus, device, self.stream)
         self._side_streams: dict[int, Stream] = {}  # of other GPUs, to write to their memory
@@ -85,8 +87,8 @@ class GpuPlace(Place):
         return as_any(made)
 
     def is_flat(self, array: Array) -> bool:
-        """Say so of every array that was taken on."""
-        return True
+        """Say so of every array in this GPU's memory: others are copied."""
+        return as_device(array).device == self.device.index
 
     def share_memory(self, one: Array, other: Array) -> bool:
         """Compare addresses."""

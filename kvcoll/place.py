@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from .arrays import Array, DType, round_to
+from .arrays import Array, DType, round_to, sum_in_order
 
 if TYPE_CHECKING:
     from .optimizer.base import Optimizer
@@ -59,7 +59,11 @@ class Place(ABC):
 
     @abstractmethod
     def is_flat(self, array: Array) -> bool:
-        """Say whether elements lie one after another."""
+        """Say whether elements lie one after another, and here."""
+
+    @abstractmethod
+    def add_lists(self, lists: Sequence[Sequence[Array]], outs: Sequence[Array]) -> None:
+        """Add each list of arrays left to right, into an array of the accumulating dtype."""
 
     @abstractmethod
     def share_memory(self, one: Array, other: Array) -> bool:
@@ -105,11 +109,19 @@ class HostPlace(Place):
 
     def copy(self, source: Array, out: Array) -> None:
         """Copy, and round."""
-        round_to(source, out)
+        if source.dtype is out.dtype:
+            np.copyto(out, source)
+        else:
+            round_to(source, out)
 
     def is_flat(self, array: Array) -> bool:
         """Ask NumPy."""
         return array.flags.c_contiguous
+
+    def add_lists(self, lists: Sequence[Sequence[Array]], outs: Sequence[Array]) -> None:
+        """One list after the other."""
+        for values, out in zip(lists, outs, strict=True):
+            sum_in_order(list(values), out)
 
     def share_memory(self, one: Array, other: Array) -> bool:
         """Ask NumPy."""

@@ -204,7 +204,7 @@ class FakeGpus(Gpus):
     def is_on_gpu(self, value: object) -> bool:
         return isinstance(value, FakeArray)
 
-    def adopt(self, value: object, on: Stream) -> DeviceArray:
+    def adopt(self, value: object, on: Stream, *, to_write: bool = False) -> DeviceArray:
         if not isinstance(value, FakeArray):
             raise ArrayError(f"not on a GPU: {type(value).__name__}")
         on.wait(self.devices[value.device_array.device].current_stream().record())
