@@ -1199,7 +1199,7 @@ KeyKindError, ArrayError
         self._engine.place(drafted)
         self._replica.keep(drafted, values)
         self._engine.broadcast(drafted)
-        if self._border is not None:
+        if self._border is not None and not outputs:  # else what fills them ends it
             self._border.end()
         if drafted:
             self._kind = builtins.type(drafted[0].spec.key)

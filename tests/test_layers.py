@@ -46,6 +46,7 @@ FLOORS = {
     "packing": 6,
     "coded": 5,
     "kernels": 5,
+    "nccl": 6,
     "compression": 5,
     "gpu_place": 6,
     "updater": 6,

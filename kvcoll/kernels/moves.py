@@ -12,7 +12,7 @@ import numpy as np
 
 from ..arrays import DType, wide
 from ..gpu.kernel import KernelSource
-from .prelude import LANES, PRELUDE, TILE, c_type, cast
+from .prelude import LANES, PRELUDE, TILE, c_type, cast, plus
 from .table import TABLE_PARAMETERS, Layout
 
 #: Of `moved`: from where, to where.
@@ -72,7 +72,7 @@ def added(target: DType, *, mixed: bool) -> KernelSource:
       at += 2;
       {kind} v[{TILE // LANES}];
       {_each(f"v[k] = {value};")}
-      {_each(f"sum[k] = {_plus('sum[k]', 'v[k]', total)};")}
+      {_each(f"sum[k] = {plus('sum[k]', 'v[k]', total)};")}
     }}
     {_each(f"to[e] = {cast('sum[k]', total, target)};")}"""
     name = f"kvcoll_add_{'mixed_' if mixed else ''}{target.name}"
@@ -92,17 +92,6 @@ def _each(statement: str) -> str:
       const long long e = first + k * {LANES};
       if (e < own[1]) {statement}
     }}"""
-
-
-def _plus(a: str, b: str, dtype: DType) -> str:
-    kind = c_type(dtype)
-    if dtype.kind == "f":
-        return f"kv_add({a}, {b})"
-    if dtype.kind == "c":
-        return f"{kind}{{kv_add({a}.re, {b}.re), kv_add({a}.im, {b}.im)}}"
-    if dtype.kind == "b":
-        return f"({kind})({a} | {b})"
-    return f"({kind})((kv_u64){a} + (kv_u64){b})"  # without a sign, where it may wrap
 
 
 def _load(total: DType) -> str:

@@ -222,3 +222,14 @@ def cast(value: str, source: DType, target: DType) -> str:
         return f"({c_type(target)}{{({part}){value}, 0}})"
     return f"({c_type(target)}){value}"
 
+
+def plus(a: str, b: str, dtype: DType) -> str:
+    """Write the sum of what two expressions of one dtype give, in that dtype."""
+    kind = c_type(dtype)
+    if dtype.kind == "f":
+        return f"kv_add({a}, {b})"
+    if dtype.kind == "c":
+        return f"{kind}{{kv_add({a}.re, {b}.re), kv_add({a}.im, {b}.im)}}"
+    if dtype.kind == "b":
+        return f"({kind})({a} | {b})"
+    return f"({kind})((kv_u64){a} + (kv_u64){b})"  # without a sign, where it may wrap
