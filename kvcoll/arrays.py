@@ -124,6 +124,13 @@ def fill_device(device: Array, host: Array) -> None:
     device[...] = import_cupy().asarray(host)
 
 
+def is_on_cuda(value: object) -> bool:
+    """Say whether a value is an array in the memory of a GPU."""
+    if isinstance(value, np.ndarray) or not isinstance(value, SupportsDLPack):
+        return False
+    return value.__dlpack_device__()[0] in _CUDA_DEVICES
+
+
 def _from_dlpack(value: SupportsDLPack) -> Array:
     kind = value.__dlpack_device__()[0]
     if kind in _CUDA_DEVICES:

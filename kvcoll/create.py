@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import farewell
+from . import farewell, on_gpus
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
 from .errors import ArgumentError, ThreadError, text_of
+from .gpu_border import GpuBorder
 from .launch import InLine, Late, Launch, Overlap
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
@@ -31,10 +32,13 @@ from .transport.waiting import Waiting
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
+_LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu")
+_ON_DEVICES = ("device", "local_allreduce_device")  # on a GPU, if the first value is there
+_NCCL = "nccl"
+_ON_GPUS = ("dist_device_sync", "dist_sync_device")
 _ASYNC = "dist_async"
 _ASYNCS = (_ASYNC, "dist_async_device")
-_DISTRIBUTED = ("dist", "dist_sync", *_ASYNCS)
+_DISTRIBUTED = ("dist", "dist_sync", *_ON_GPUS, *_ASYNCS)
 _CREATE_LIMIT_S = 300.0
 _ALWAYS = "always"
 _NEEDS_THREADS = (
@@ -52,8 +56,11 @@ _Name = Literal[
     "local_allreduce_cpu",
     "device",
     "local_allreduce_device",
+    "nccl",
     "dist",
     "dist_sync",
+    "dist_device_sync",
+    "dist_sync_device",
     "dist_async",
     "dist_async_device",
 ]
@@ -97,9 +104,13 @@ def create(
     Parameters
     ----------
     name : str, default 'local'
-        Of any case. ``'local'``, ``'local_update_cpu'``, ``'local_allreduce_cpu'``,
-        ``'device'``, ``'local_allreduce_device'``: one process, no MPI needed.
+        Of any case. ``'local'``, ``'local_update_cpu'``, ``'local_allreduce_cpu'``: one
+        process, no MPI needed. ``'device'``, ``'local_allreduce_device'``: the same, but if the
+        first value that is initialised lies on a GPU, all values do, and sums and updates are
+        done there. ``'nccl'``: the same, on a GPU in any case.
         ``'dist'``, ``'dist_sync'``: all ranks of `comm`, which all must call this.
+        ``'dist_device_sync'``, ``'dist_sync_device'``: the same, with a GPU a rank, on which
+        its values lie; sums go by NCCL within a host, and by MPI between hosts.
         ``'dist_async'``, ``'dist_async_device'``: the same, but a push does not wait for
         other ranks. It is applied when all have come to it, in the order of the pushes, so
         that all replicas pass through the same versions; a pull gives the version that is
@@ -155,7 +166,7 @@ def create(
         if any((comm is not None, reproducible, overlap, staleness is not None)):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
-    if kind not in _LOCAL + _DISTRIBUTED:
+    if kind not in (*_LOCAL, *_ON_DEVICES, _NCCL, *_DISTRIBUTED):
         known = ", ".join([*OWN_NAMES, *registered()])
         raise ArgumentError(f"unknown type of store {name!r}: known are {known}")
     if not isinstance(reproducible, (bool, np.bool_)):
@@ -171,11 +182,22 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late)
+        if kind in _ON_GPUS and overlap:
+            raise ArgumentError(
+                f"overlap goes with stores on the host: a push of {kind!r} returns while the GPU "
+                "works in any case"
+            )
+        options = _Options(bool(reproducible), overlap, late, kind in _ON_GPUS)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
-    return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
+    borders: Callable[[object], GpuBorder | None] | None = None
+    if kind == _NCCL:
+        on_gpus.check_one_process()
+        borders = on_gpus.border_of_one_process
+    elif kind in _ON_DEVICES:
+        borders = on_gpus.border_of
+    return KVStore(kind, AloneTransport(), Alone(), one_thread=False, borders=borders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +232,11 @@ class _Options:
     reproducible: bool
     overlap: bool | str
     staleness: int | None
+    is_on_gpus: bool = False
 
     def __str__(self) -> str:
-        kind = "dist_sync" if self.staleness is None else _ASYNC
+        kind = _ON_GPUS[0] if self.is_on_gpus else "dist_sync"
+        kind = kind if self.staleness is None else _ASYNC
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
         late = "" if self.staleness is None else f", staleness={self.staleness}"
         return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}"

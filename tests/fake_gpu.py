@@ -204,7 +204,7 @@ class FakeGpus(Gpus):
     def is_on_gpu(self, value: object) -> bool:
         return isinstance(value, FakeArray)
 
-    def adopt(self, value: object, on: Stream) -> DeviceArray:
+    def adopt(self, value: object, on: Stream, *, to_write: bool = False) -> DeviceArray:
         if not isinstance(value, FakeArray):
             raise ArrayError(f"not on a GPU: {type(value).__name__}")
         on.wait(self.devices[value.device_array.device].current_stream().record())
@@ -569,6 +569,10 @@ class FakeArray(NDArrayOperatorsMixin):
     def get(self) -> npt.NDArray[Any]:
         """Copy to the host, which waits for it."""
         return self._gpus.read(self.device_array, self._stream)
+
+    def __getitem__(self, part: slice) -> FakeArray:
+        """View a part of a flat array."""
+        return FakeArray(self._gpus, self.device_array[part])
 
     def __setitem__(self, place: Any, value: Any) -> None:
         numbers = self._numbers(value)

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from host_compiler import compiled, needs_compiler
+from host_kernel import HostKernel, needs_compiler
 from test_kernels_fused import assert_same_bits, awkward
 
 from kvcoll.arrays import can_cast, round_to, sum_in_order, wide
@@ -40,7 +40,7 @@ def numbers(n: int, dtype: np.dtype[Any], seed: int) -> Any:
 
 def run(source: KernelSource, table: Any, more: list[int]) -> None:
     words = np.concatenate([table.reshape(-1), np.array(more, np.int64)])
-    compiled(source)(n_lanes(table), [words.ctypes.data, np.int64(len(table))])
+    HostKernel(source)(n_lanes(table), [words.ctypes.data, np.int64(len(table))])
 
 
 def assert_equal_parts(got: Any, expected: Any) -> None:

@@ -185,7 +185,7 @@ class Gpus(ABC):
         """Say whether a value of the user's is an array on a GPU, of whichever library."""
 
     @abstractmethod
-    def adopt(self, value: object, on: Stream) -> DeviceArray:
+    def adopt(self, value: object, on: Stream, *, to_write: bool = False) -> DeviceArray:
         """View an array of the user's that lies on a GPU.
 
         Parameters
@@ -195,6 +195,8 @@ class Gpus(ABC):
         on : Stream
             Work that is put on it from now on comes after all that the array's library has
             put on its current stream.
+        to_write : bool, default False
+            Whether it will be written to, so that a copy is not enough.
 
         Returns
         -------
@@ -204,7 +206,7 @@ class Gpus(ABC):
         Raises
         ------
         ArrayError
-            It cannot be read.
+            It cannot be read; or, if it is to be written to, it is not contiguous or read-only.
         """
 
     @abstractmethod

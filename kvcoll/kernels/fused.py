@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from hashlib import blake2b
 
+from ..arrays import DType
 from ..gpu.kernel import KernelSource
 from .prelude import LANES, PRELUDE, TILE, c_type, cast
 from .table import TABLE_PARAMETERS, Layout
@@ -31,21 +32,29 @@ def kernel_of(program: Program) -> KernelSource:
         f"    const long long tile = i / {LANES};",
         f"    const long long *own = kv_row(table, n_rows, {layout.n_words}, tile);",
         f"    const long long first = (tile - own[0]) * {TILE} + i % {LANES};",
+        *declared(program, used, layout),
     ]
-    touched = {program.operations[place].arguments[0] for place in loads}
-    for k in sorted(touched | {k for k, _ in program.stores}):
-        kind = c_type(program.dtypes[k])
-        lines.append(f"    {kind} *a{k} = ({kind} *)own[{layout.address(k)}];")
-    for place in used:
-        operation = program.operations[place]
-        if operation.name == "number":
-            word = f"own[{layout.number(operation.arguments[0])}]"
-            lines.append(f"    const {c_type(operation.dtype)} v{place} = {_number(operation, word)};")
     lines += _read_first(program, loads)
     lines += _each(used, program)
     source = "\n".join(lines)
     name = "kvcoll_fused_" + blake2b(source.encode(), digest_size=6).hexdigest()
     return KernelSource(name, TABLE_PARAMETERS, source, PRELUDE)
+
+
+def declared(program: Program, used: list[int], layout: Layout) -> list[str]:
+    """Write down where a row's arrays are, and its numbers."""
+    operations = program.operations
+    touched = {operations[p].arguments[0] for p in used if operations[p].name == "load"}
+    lines = []
+    for k in sorted(touched | {k for k, _ in program.stores}):
+        kind = c_type(program.dtypes[k])
+        lines.append(f"    {kind} *a{k} = ({kind} *)own[{layout.address(k)}];")
+    for place in used:
+        name, dtype, arguments = operations[place]
+        if name == "number":
+            number = _number(dtype, f"own[{layout.number(arguments[0])}]")
+            lines.append(f"    const {c_type(dtype)} v{place} = {number};")
+    return lines
 
 
 def _read_first(program: Program, loads: list[int]) -> list[str]:
@@ -74,32 +83,31 @@ def _each(used: list[int], program: Program) -> list[str]:
     for place in used:
         operation = program.operations[place]
         if operation.name != "number":
-            kind = c_type(operation.dtype)
-            lines.append(f"        const {kind} v{place} = {_value(place, operation, program)};")
+            is_load = operation.name == "load"
+            value = f"r{place}[k]" if is_load else value_of(operation, program)
+            lines.append(f"        const {c_type(operation.dtype)} v{place} = {value};")
     lines += [f"        a{k}[e] = v{place};" for k, place in program.stores]
     return [*lines, "      }", "    }"]
 
 
-def _number(operation: Operation, word: str) -> str:
-    name = operation.dtype.name
-    if name == "float32":
-        return f"kv_float((kv_u32){word})"
-    if name == "float64":
-        return f"kv_double((kv_u64){word})"
-    if name == "bool":
-        return f"(unsigned char)({word} & 1)"
-    if name in ("float16", "bfloat16"):
-        return f"{{(unsigned short){word}}}"
-    return f"({c_type(operation.dtype)}){word}"
-
-
-def _value(place: int, operation: Operation, program: Program) -> str:
+def value_of(operation: Operation, program: Program) -> str:
+    """Write an operation on what others have given."""
     name, dtype, arguments = operation
-    if name == "load":
-        return f"r{place}[k]"
     given = [f"v{argument}" for argument in arguments]
     if name == "cast":
         return cast(given[0], program.operations[arguments[0]].dtype, dtype)
     if name == "select":
         return f"{given[0]} ? {given[1]} : {given[2]}"
     return f"kv_{name}({', '.join(given)})"
+
+
+def _number(dtype: DType, word: str) -> str:
+    if dtype.name == "float32":
+        return f"kv_float((kv_u32){word})"
+    if dtype.name == "float64":
+        return f"kv_double((kv_u64){word})"
+    if dtype.name == "bool":
+        return f"(unsigned char)({word} & 1)"
+    if dtype.name in ("float16", "bfloat16"):
+        return f"{{(unsigned short){word}}}"
+    return f"({c_type(dtype)}){word}"

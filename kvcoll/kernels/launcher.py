@@ -56,6 +56,7 @@ class Launcher:
         reads: Sequence[DeviceArray],
         writes: Sequence[DeviceArray],
         more: Sequence[int] = (),
+        n: int | None = None,
     ) -> None:
         """Run a kernel over the pieces that a table names; nothing where it has no row.
 
@@ -68,6 +69,8 @@ class Launcher:
             What lies at its addresses.
         more : sequence of int
             Words that follow the table's last row.
+        n : int, optional
+            How many elements of its index the kernel needs; by default as its tiles need.
         """
         if not len(table):
             return
@@ -81,8 +84,9 @@ class Launcher:
         used = slot.device[: 8 * n_words]
         self._device.upload(slot.host[: 8 * n_words], used, self._stream)
         kernel = self._device.compile(source)
-        arguments = (used, np.int64(len(table)))
-        kernel.launch(n_lanes(table), arguments, self._stream, reads=reads, writes=writes)
+        arguments = (used.view(np.int64), np.int64(len(table)))
+        n = n_lanes(table) if n is None else n
+        kernel.launch(n, arguments, self._stream, reads=reads, writes=writes)
         slot.read = self._stream.record()
         self.n_launches += 1
 

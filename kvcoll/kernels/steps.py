@@ -7,8 +7,9 @@ from typing import Any
 
 from ..arrays import DType, wide
 from ..optimizer.base import Optimizer
+from ..optimizer.layerwise import LayerWise
 from ..optimizer.step import Step
-from .trace import Traced, trace
+from .trace import Sum, Traced, UntraceableError, trace
 
 
 def trace_step(optimizer: Optimizer, dtype: DType, step: Step) -> Traced:
@@ -40,6 +41,25 @@ def trace_step(optimizer: Optimizer, dtype: DType, step: Step) -> Traced:
         own.update_flat(arrays[0], arrays[1], arrays[2:], step)
 
     return trace(update, step_dtypes(optimizer, dtype))
+
+
+def trace_measure(optimizer: LayerWise, dtype: DType, step: Step) -> Traced:
+    """Write down what gives the norms of a key; its result is the two sums of squares.
+
+    Raises
+    ------
+    UntraceableError
+        As for `trace_step`, or the result is not made of two sums over all elements.
+    """
+
+    def measure(arrays: list[Any]) -> Any:
+        own = optimizer.with_scratch(dtype, arrays[0].scratch)
+        return own.measure(arrays[0], arrays[1], arrays[2:], step)
+
+    traced = trace(measure, step_dtypes(optimizer, dtype))
+    if [type(part) for part in traced.result] != [Sum, Sum]:
+        raise UntraceableError("norms that are not sums of squares over all elements")
+    return traced
 
 
 def step_dtypes(optimizer: Optimizer, dtype: DType) -> list[DType]:

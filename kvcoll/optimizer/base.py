@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from threading import get_ident
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from .step import Step as Step  # subclasses of others look for it here
 # of a large key at once; below 8 k the calls into NumPy cost more than they save.
 PIECE_ELEMENTS = 1 << 16
 _N_SCRATCH = 3
+
+_Own = TypeVar("_Own", bound="Optimizer")
 
 
 class Optimizer(Settings):
@@ -165,7 +167,7 @@ class Optimizer(Settings):
         if own not in self._scratch:
             self._scratch[own] = [np.empty(PIECE_ELEMENTS, own[0]) for _ in range(_N_SCRATCH + 2)]
 
-    def with_scratch(self, dtype: DType, empty: Callable[[DType], Array]) -> Optimizer:
+    def with_scratch(self: _Own, dtype: DType, empty: Callable[[DType], Array]) -> _Own:
         """Give a copy for updates of arrays that are not NumPy's, with their scratch memory.
 
         Parameters

@@ -1,0 +1,66 @@
+"""Stores on GPUs: which one a store lives on, and how its ranks' GPUs sum.
+
+Rules of the file: CuPy is loaded only once a store needs it; what is missing is said by
+`gpu.find`.
+"""
+
+from __future__ import annotations
+
+from .arrays import is_on_cuda
+from .errors import DeviceError
+from .gpu import find
+from .gpu.device import Gpus
+from .gpu_border import GpuBorder
+from .gpu_place import GpuPlace
+
+
+def border_of(value: object) -> GpuBorder | None:
+    """Give the border of the GPU on which a first value of `init` lies; None on the host.
+
+    Parameters
+    ----------
+    value : array, or list
+        The first array in it counts.
+    """
+    first = _first(value)
+    if not is_on_cuda(first):
+        return None
+    return _border(find.find_gpus(), first)
+
+
+def border_of_one_process(value: object) -> GpuBorder:
+    """Give the border of a store that is on a GPU in any case: the first value's, or the first.
+
+    Raises
+    ------
+    MissingDependencyError, DeviceError
+        There is no GPU, or no CuPy.
+    """
+    return _border(find.find_gpus(), _first(value))
+
+
+def check_one_process() -> None:
+    """Raise unless this process has GPUs and NCCL.
+
+    Raises
+    ------
+    MissingDependencyError, DeviceError
+        Something is missing; the text says what.
+    """
+    find.find()
+
+
+def _border(gpus: Gpus, first: object) -> GpuBorder:
+    if not gpus.devices:
+        raise DeviceError("this process sees no GPU: nvidia-smi and CUDA_VISIBLE_DEVICES say why")
+    number = 0
+    if gpus.is_on_gpu(first):
+        own = gpus.devices[0].stream()
+        number = gpus.adopt(first, own).device
+    return GpuBorder(GpuPlace(gpus, gpus.devices[number]))
+
+
+def _first(value: object) -> object:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return value
