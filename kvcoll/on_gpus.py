@@ -1,14 +1,14 @@
 """Stores on GPUs: which one a store lives on, and how its ranks' GPUs sum.
 
 Rules of the file: CuPy is loaded only once a store needs it; what is missing is said by
-`gpu.find`.
+`cuda.find`.
 """
 
 from __future__ import annotations
 
 from .arrays import is_on_cuda
+from .cuda import find
 from .errors import DeviceError
-from .gpu import find
 from .gpu.device import Gpus
 from .gpu_border import GpuBorder
 from .gpu_place import GpuPlace

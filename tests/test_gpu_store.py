@@ -14,7 +14,7 @@ from host_kernel import needs_compiler
 
 import kvcoll
 from kvcoll import on_gpus
-from kvcoll.gpu import find
+from kvcoll.cuda import find
 
 pytestmark = [pytest.mark.single, needs_compiler]
 

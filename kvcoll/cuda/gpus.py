@@ -52,18 +52,24 @@ class CupyGpus(Gpus):
         """Ask the array itself (DLPack)."""
         return isinstance(value, SupportsDLPack) and value.__dlpack_device__()[0] in _CUDA_KINDS
 
-    def adopt(self, value: object, on: Stream) -> DeviceArray:
+    def adopt(self, value: object, on: Stream, *, to_write: bool = False) -> DeviceArray:
         """View an array, after what its library does with it; see `Gpus.adopt`."""
         if isinstance(value, self._cupy.ndarray):
             device = value.device.id
             on.wait(self.devices[device].current_stream().record())
             array = DeviceArray(value.data.ptr, value.dtype, value.shape, device, value)
-            return array if value.flags.c_contiguous else self._packed(array, value.strides, on)
-        if not isinstance(value, SupportsDLPack):
+            is_packed, strides, is_read_only = value.flags.c_contiguous, value.strides, False
+        elif isinstance(value, SupportsDLPack):
+            tensor = device_tensor(value, on.handle)
+            array = DeviceArray(tensor.address, tensor.dtype, tensor.shape, tensor.device, tensor)
+            is_packed, strides = _is_packed(tensor), tensor.strides
+            is_read_only = tensor.is_read_only
+        else:
             raise ArrayError(f"no array on a GPU: {type(value).__name__}")
-        tensor = device_tensor(value, on.handle)
-        array = DeviceArray(tensor.address, tensor.dtype, tensor.shape, tensor.device, tensor)
-        return array if _is_packed(tensor) else self._packed(array, tensor.strides, on)
+        if to_write and not (is_packed and not is_read_only):
+            why = "read-only" if is_read_only else "not contiguous"
+            raise ArrayError(f"the output {array!r} is {why}: give one that can be written")
+        return array if is_packed else self._packed(array, strides, on)
 
     def give_back(self, value: object, on: Stream) -> None:
         """Let the current stream of the array's library wait; see `Gpus.give_back`."""
