@@ -27,6 +27,7 @@ from .store import KVStore
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .transport.contract import Transport
 from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -268,7 +269,15 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
-        transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
+        transport: Transport
+        border, beside = None, None
+        if options.is_on_gpus:
+            transport, border = on_gpus.join(own, link.topology, tree=options.reproducible)
+            beside = transport.beside
+        else:
+            transport = transport_for(
+                own, link.topology, tree=options.reproducible, patient=patient
+            )
         its_link = _async_link(own, link) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
@@ -279,6 +288,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             one_thread=True,
             launching=launching,
             tree=options.reproducible,
+            border=border,
+            host_transport=beside,
         )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
@@ -287,7 +298,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         _links.append(its_link)
     _open_stores[:] = [other for other in _open_stores if not other[0].closed]
     _open_stores.append((store, its_link.ranks))
-    if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
+    is_told = transport.topology.rank == 0 and border is None and not options.reproducible
+    if is_told and lacks_shared_memory(transport):
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
@@ -330,6 +342,7 @@ def _leave_all() -> None:
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    on_gpus.end_all()
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:

@@ -6,12 +6,23 @@ Rules of the file: CuPy is loaded only once a store needs it; what is missing is
 
 from __future__ import annotations
 
+import weakref
+from typing import TYPE_CHECKING
+
 from .arrays import is_on_cuda
 from .errors import DeviceError
 from .gpu import find
 from .gpu.device import Gpus
 from .gpu_border import GpuBorder
 from .gpu_place import GpuPlace
+from .topology import Topology
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from .nccl.transport import GpuTransport
+
+_open: weakref.WeakSet[GpuTransport] = weakref.WeakSet()
 
 
 def border_of(value: object) -> GpuBorder | None:
@@ -48,6 +59,30 @@ def check_one_process() -> None:
         Something is missing; the text says what.
     """
     find.find()
+
+
+def join(
+    comm: MPI.Intracomm, topology: Topology, *, tree: bool
+) -> tuple[GpuTransport, GpuBorder]:
+    """Make the transport over the ranks' GPUs, and this rank's border; collective.
+
+    Parameters
+    ----------
+    comm, topology, tree
+        As for `nccl.setup.transport_for`, which says what this raises: on all ranks the same.
+    """
+    from .nccl import setup
+
+    transport = setup.transport_for(comm, topology, find.find, tree=tree)
+    _open.add(transport)
+    place = GpuPlace(find.find_gpus(), transport.device, transport.stream)
+    return transport, GpuBorder(place)
+
+
+def end_all() -> None:
+    """Let go of NCCL where stores are still open as the process ends; never waits long."""
+    for transport in list(_open):
+        transport.end()
 
 
 def _border(gpus: Gpus, first: object) -> GpuBorder:
