@@ -25,6 +25,7 @@ FLOORS = {
     "gpu": 1,
     "lr_scheduler": 1,
     "arrays": 2,
+    "cuda": 3,
     "schema": 3,
     "sums": 3,
     "sparse": 3,
@@ -72,7 +73,7 @@ FLOORS = {
 # The doctor asks CuPy in a process that may die of it, and never in its own.
 DOORS = {
     "mpi4py": {"transport/mpi.py"},
-    "cupy": {"arrays.py", "doctor/gpu_probe.py"},
+    "cupy": {"gpu/door.py", "doctor/gpu_probe.py"},
     "torch": set[str](),
 }
 
