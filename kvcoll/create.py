@@ -19,7 +19,6 @@ from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
 from .errors import ArgumentError, ThreadError, text_of
-from .gpu_border import GpuBorder
 from .launch import InLine, Late, Launch, Overlap
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
@@ -32,6 +31,8 @@ from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .gpu_border import GpuBorder
 
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu")
 _ON_DEVICES = ("device", "local_allreduce_device")  # on a GPU, if the first value is there
@@ -194,7 +195,7 @@ def create(
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
     borders: Callable[[object], GpuBorder | None] | None = None
     if kind == _NCCL:
-        on_gpus.check_one_process()
+        on_gpus.find()  # what is missing is said here, not at the first init
         borders = on_gpus.border_of_one_process
     elif kind in _ON_DEVICES:
         borders = on_gpus.border_of

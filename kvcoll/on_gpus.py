@@ -1,28 +1,41 @@
 """Stores on GPUs: which one a store lives on, and how its ranks' GPUs sum.
 
-Rules of the file: CuPy is loaded only once a store needs it; what is missing is said by
-`gpu.find`.
+Rules of the file: CuPy is loaded only once a store needs it; what is missing is said by `cuda`.
 """
 
 from __future__ import annotations
 
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING
 
 from .arrays import is_on_cuda
 from .errors import DeviceError
-from .gpu import find
-from .gpu.device import Gpus
-from .gpu_border import GpuBorder
-from .gpu_place import GpuPlace
 from .topology import Topology
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .gpu.device import Gpus
+    from .gpu.nccl import Nccl
+    from .gpu_border import GpuBorder
     from .nccl.transport import GpuTransport
 
 _open: weakref.WeakSet[GpuTransport] = weakref.WeakSet()
+
+
+@cache
+def find() -> tuple[Gpus, Nccl]:
+    """Give the GPUs that this process sees, and NCCL: always the same objects.
+
+    Raises
+    ------
+    MissingDependencyError, DeviceError
+        As `cuda.find.find`.
+    """
+    from .cuda.find import find as find_by_cupy
+
+    return find_by_cupy()
 
 
 def border_of(value: object) -> GpuBorder | None:
@@ -36,7 +49,7 @@ def border_of(value: object) -> GpuBorder | None:
     first = _first(value)
     if not is_on_cuda(first):
         return None
-    return _border(find.find_gpus(), first)
+    return _border(find()[0], first)
 
 
 def border_of_one_process(value: object) -> GpuBorder:
@@ -47,23 +60,10 @@ def border_of_one_process(value: object) -> GpuBorder:
     MissingDependencyError, DeviceError
         There is no GPU, or no CuPy.
     """
-    return _border(find.find_gpus(), _first(value))
+    return _border(find()[0], _first(value))
 
 
-def check_one_process() -> None:
-    """Raise unless this process has GPUs and NCCL.
-
-    Raises
-    ------
-    MissingDependencyError, DeviceError
-        Something is missing; the text says what.
-    """
-    find.find()
-
-
-def join(
-    comm: MPI.Intracomm, topology: Topology, *, tree: bool
-) -> tuple[GpuTransport, GpuBorder]:
+def join(comm: MPI.Intracomm, topology: Topology, *, tree: bool) -> tuple[GpuTransport, GpuBorder]:
     """Make the transport over the ranks' GPUs, and this rank's border; collective.
 
     Parameters
@@ -71,11 +71,13 @@ def join(
     comm, topology, tree
         As for `nccl.setup.transport_for`, which says what this raises: on all ranks the same.
     """
+    from .gpu_border import GpuBorder
+    from .gpu_place import GpuPlace
     from .nccl import setup
 
-    transport = setup.transport_for(comm, topology, find.find, tree=tree)
+    transport = setup.transport_for(comm, topology, find, tree=tree)
     _open.add(transport)
-    place = GpuPlace(find.find_gpus(), transport.device, transport.stream)
+    place = GpuPlace(find()[0], transport.device, transport.stream)
     return transport, GpuBorder(place)
 
 
@@ -86,6 +88,9 @@ def end_all() -> None:
 
 
 def _border(gpus: Gpus, first: object) -> GpuBorder:
+    from .gpu_border import GpuBorder
+    from .gpu_place import GpuPlace
+
     if not gpus.devices:
         raise DeviceError("this process sees no GPU: nvidia-smi and CUDA_VISIBLE_DEVICES say why")
     number = 0

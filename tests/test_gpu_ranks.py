@@ -9,15 +9,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays_of import f32
 from fake_gpu import FakeArray, FakeGpus
 from fake_nccl import FakeNccl
 from host_kernel import needs_compiler
 from raised_by_all import raised_by_all
 
 import kvcoll
-from kvcoll import KVStore
+from kvcoll import KVStore, on_gpus
 from kvcoll.errors import ArgumentError, DeviceError, ShapeMismatchError, UpdaterError
-from kvcoll.gpu import find
 
 pytestmark = needs_compiler
 
@@ -36,8 +36,7 @@ def gpus(
     fakes = FakeGpus(comm.size, [f"gpu-{k}" for k in range(comm.size)])
     fakes.pump_in_background()
     nccl = FakeNccl(fakes, Path(comm.bcast(str(tmp_path))))
-    monkeypatch.setattr(find, "find_gpus", lambda: fakes)
-    monkeypatch.setattr(find, "find", lambda: (fakes, nccl))
+    monkeypatch.setattr(on_gpus, "find", lambda: (fakes, nccl))
     yield fakes
     assert not nccl.open
     fakes.finish()
@@ -65,9 +64,7 @@ def test_a_push_sums_over_lists_and_ranks(kv: KVStore, gpus: FakeGpus, comm: Any
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64", "bool", "bfloat16"])
-def test_sums_have_the_bits_of_a_store_on_the_host(
-    kv: KVStore, gpus: FakeGpus, dtype: str
-) -> None:
+def test_sums_have_the_bits_of_a_store_on_the_host(kv: KVStore, gpus: FakeGpus, dtype: str) -> None:
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     random = np.random.default_rng(kv.rank)
     sizes = {"a": 3, "b": 100_000, "c": 0, "d": 70}
@@ -113,8 +110,8 @@ def test_optimizers_have_the_bits_of_a_store_on_the_host(
 def test_a_mistake_on_one_rank_is_the_same_error_on_all(
     kv: KVStore, gpus: FakeGpus, comm: Any
 ) -> None:
-    kv.init(1, mine(kv, gpus, np.float32([1, 2])))
-    wrong = np.float32([1, 2, 3] if kv.rank == 1 else [1, 2])
+    kv.init(1, mine(kv, gpus, f32([1, 2])))
+    wrong = f32([1, 2, 3] if kv.rank == 1 else [1, 2])
     error = raised_by_all(comm, lambda: kv.push(1, mine(kv, gpus, wrong)))
     assert type(error) is ShapeMismatchError
     assert kv.pull(1).get().tolist() == [1, 2]
@@ -126,20 +123,18 @@ def test_a_mistake_on_one_rank_is_the_same_error_on_all(
 
     kv.set_updater(update)
     with pytest.raises(ValueError if kv.rank == 0 else UpdaterError):
-        kv.push(1, mine(kv, gpus, np.float32([1, 1])))
+        kv.push(1, mine(kv, gpus, f32([1, 1])))
     size = comm.size
     assert kv.pull(1).get().tolist() == [1 + size, 2 + size]  # those of rank 1, on all
 
 
 @pytest.mark.ranks(at_least=2)
-def test_ranks_may_make_different_numbers_of_pushes(
-    kv: KVStore, gpus: FakeGpus, comm: Any
-) -> None:
-    kv.init(1, mine(kv, gpus, np.float32([0])))
+def test_ranks_may_make_different_numbers_of_pushes(kv: KVStore, gpus: FakeGpus, comm: Any) -> None:
+    kv.init(1, mine(kv, gpus, f32([0])))
     kv.set_optimizer("test")
     with kv.join():
         for _ in range(1 + kv.rank):
-            kv.push(1, mine(kv, gpus, np.float32([1])))
+            kv.push(1, mine(kv, gpus, f32([1])))
     assert kv.pull(1).get().tolist() == [sum(1 + rank for rank in range(comm.size))]
 
 
@@ -151,7 +146,7 @@ def test_a_rank_without_a_gpu_is_an_error_on_all(
         raise DeviceError("this process sees no GPU")
 
     if comm.rank == 1:
-        monkeypatch.setattr(find, "find", none)
+        monkeypatch.setattr(on_gpus, "find", none)
     error = raised_by_all(comm, lambda: kvcoll.create("dist_sync_device"))
     assert type(error) is DeviceError
     assert "rank 1" in str(error)

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from ..arrays import SupportsDLPack
+from ..arrays import SupportsDLPack, describe
 from ..dlpack import DeviceTensor, device_tensor
 from ..errors import ArrayError, DeviceError, DTypeMismatchError
 from ..gpu.array import DeviceArray
@@ -52,18 +52,24 @@ class CupyGpus(Gpus):
         """Ask the array itself (DLPack)."""
         return isinstance(value, SupportsDLPack) and value.__dlpack_device__()[0] in _CUDA_KINDS
 
-    def adopt(self, value: object, on: Stream) -> DeviceArray:
+    def adopt(self, value: object, on: Stream, *, to_write: bool = False) -> DeviceArray:
         """View an array, after what its library does with it; see `Gpus.adopt`."""
         if isinstance(value, self._cupy.ndarray):
             device = value.device.id
             on.wait(self.devices[device].current_stream().record())
             array = DeviceArray(value.data.ptr, value.dtype, value.shape, device, value)
-            return array if value.flags.c_contiguous else self._packed(array, value.strides, on)
+            if value.flags.c_contiguous:
+                return array
+            _check_copied(array, to_write)
+            return self._packed(array, value.strides, on)
         if not isinstance(value, SupportsDLPack):
             raise ArrayError(f"no array on a GPU: {type(value).__name__}")
         tensor = device_tensor(value, on.handle)
         array = DeviceArray(tensor.address, tensor.dtype, tensor.shape, tensor.device, tensor)
-        return array if _is_packed(tensor) else self._packed(array, tensor.strides, on)
+        if _is_packed(tensor):
+            return array
+        _check_copied(array, to_write)
+        return self._packed(array, tensor.strides, on)
 
     def give_back(self, value: object, on: Stream) -> None:
         """Let the current stream of the array's library wait; see `Gpus.give_back`."""
@@ -105,6 +111,15 @@ class CupyGpus(Gpus):
         with self._cupy.cuda.Device(array.device), on.stream:
             self._viewed(out, dtype, None)[...] = self._viewed(array, dtype, strides)
         return out
+
+
+def _check_copied(array: DeviceArray, to_write: bool) -> None:
+    """Raise where a copy is not enough."""
+    if to_write:
+        raise ArrayError(
+            f"the output {describe(array)} on GPU {array.device} is not contiguous: give one "
+            "that is"
+        )
 
 
 def _is_packed(tensor: DeviceTensor) -> bool:
