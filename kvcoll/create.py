@@ -196,7 +196,7 @@ def create(
     borders: Callable[[object], GpuBorder | None] | None = None
     if kind == _NCCL:
         on_gpus.find()  # what is missing is said here, not at the first init
-        borders = on_gpus.border_of_one_process
+        borders = on_gpus.border_with_nccl
     elif kind in _ON_DEVICES:
         borders = on_gpus.border_of
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False, borders=borders)

@@ -61,6 +61,8 @@ class DeviceTensor:
         Strides in bytes.
     device : int
         The number of its GPU.
+    is_read_only : bool
+        Whether its producer says that it must not be written.
     capsule : object
         Keeps the memory.
     """
@@ -70,6 +72,7 @@ class DeviceTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     device: int
+    is_read_only: bool
     capsule: object
 
 
@@ -103,7 +106,9 @@ def device_tensor(producer: Any, stream: int) -> DeviceTensor:
         dtype = np.dtype(f"{kind}{tensor.bits}")
     shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
     address = (tensor.data or 0) + tensor.byte_offset
-    return DeviceTensor(address, dtype, shape, _strides(tensor, shape), tensor.device_id, capsule)
+    strides = _strides(tensor, shape)
+    fixed = _is_fixed(capsule)
+    return DeviceTensor(address, dtype, shape, strides, tensor.device_id, fixed, capsule)
 
 
 def is_read_only(producer: Any) -> bool:
@@ -112,11 +117,7 @@ def is_read_only(producer: Any) -> bool:
     A capsule from before DLPack 1.0 cannot say it, and NumPy marks what comes from one
     read-only to be on the safe side; so the producer is asked for a capsule that can.
     """
-    capsule = _capsule(producer)
-    if not _is_versioned(capsule):
-        return False
-    told = _Versioned.from_address(_address(capsule, _VERSIONED))
-    return bool(told.flags & _FLAG_READ_ONLY)
+    return _is_fixed(_capsule(producer))
 
 
 def bfloat16_array(producer: Any) -> npt.NDArray[Any] | None:
@@ -188,6 +189,13 @@ def _capsule(producer: Any) -> Any:
         return producer.__dlpack__(max_version=(1, 0))
     except TypeError:
         return producer.__dlpack__()  # older than DLPack 1.0
+
+
+def _is_fixed(capsule: Any) -> bool:
+    if not _is_versioned(capsule):
+        return False
+    told = _Versioned.from_address(_address(capsule, _VERSIONED))
+    return bool(told.flags & _FLAG_READ_ONLY)
 
 
 def _tensor_of(capsule: Any) -> _Tensor:

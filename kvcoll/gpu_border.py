@@ -125,6 +125,9 @@ class GpuBorder:
                 if array.shape != spec.shape or array.dtype is not spec.dtype:
                     spec.check_pushed(array)
                 values[place].append(array)
+        for listed in values:
+            if len(listed) > 1:
+                self.place.prepare(listed)
         return values
 
     # Out --------------------------------------------------------------------------

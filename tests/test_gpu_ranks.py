@@ -37,6 +37,7 @@ def gpus(
     fakes.pump_in_background()
     nccl = FakeNccl(fakes, Path(comm.bcast(str(tmp_path))))
     monkeypatch.setattr(on_gpus, "find", lambda: (fakes, nccl))
+    monkeypatch.setattr(on_gpus, "find_gpus", lambda: fakes)
     yield fakes
     assert not nccl.open
     fakes.finish()

@@ -23,10 +23,18 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
-    fakes = FakeGpus(2)
-    monkeypatch.setattr(on_gpus, "find", lambda: (fakes, FakeNccl(fakes)))
+def nccl() -> FakeNccl:
+    return FakeNccl(FakeGpus(2))
+
+
+@pytest.fixture
+def gpus(nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
+    fakes = nccl.gpus
+    monkeypatch.setattr(on_gpus, "find", lambda: (fakes, nccl))
+    monkeypatch.setattr(on_gpus, "find_gpus", lambda: fakes)
     yield fakes
+    on_gpus.end_all()
+    assert not nccl.open
     fakes.finish()
 
 
@@ -71,6 +79,21 @@ def test_values_of_the_host_and_of_several_gpus_are_one_sum(kv: Any, gpus: FakeG
     kv.pull("w", out=[host, there])
     expected = (parts[0] + parts[1]) + parts[2]
     assert host.tolist() == there.get().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["nccl", "device"])
+def test_large_values_on_several_gpus_are_added_in_the_order_of_the_list(
+    gpus: FakeGpus, nccl: FakeNccl, kind: str
+) -> None:
+    random = np.random.default_rng(3)
+    parts = [random.standard_normal(200_000).astype(np.float16) for _ in range(4)]
+    kv = kvcoll.create(kind)
+    kv.init("w", gpus.array(np.zeros(200_000, np.float16)))
+    kv.push("w", [gpus.array(part, k % 2) for k, part in enumerate(parts)])
+    wide = [part.astype(np.float32) for part in parts]
+    expected = (((wide[0] + wide[1]) + wide[2]) + wide[3]).astype(np.float16)
+    assert kv.pull("w").get().tobytes() == expected.tobytes()
+    assert len(nccl.open) == (2 if kind == "nccl" else 0)  # by NCCL, or by copies
 
 
 def test_a_first_value_of_the_host_keeps_a_device_store_there(gpus: FakeGpus) -> None:

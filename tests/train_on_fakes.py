@@ -1,6 +1,6 @@
 """Runs scripts/train.py on a store over fake GPUs; what CuPy computes, NumPy does.
 
-    mpirun -n 2 python train_on_fakes.py FOLDER [OPTION OF TRAIN.PY...]
+mpirun -n 2 python train_on_fakes.py FOLDER [OPTION OF TRAIN.PY...]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     gpus = FakeGpus(2, [f"gpu-{k}" for k in range(2)])
     gpus.pump_in_background()
     nccl = FakeNccl(gpus, Path(sys.argv[1]))
-    vars(on_gpus).update(find=lambda: (gpus, nccl))
+    vars(on_gpus).update(find=lambda: (gpus, nccl), find_gpus=lambda: gpus)
     used: list[int] = []
     sys.modules["cupy"] = as_cupy(used)
     sys.argv = [str(SCRIPT), *sys.argv[2:]]

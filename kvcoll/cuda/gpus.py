@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from ..arrays import SupportsDLPack, describe
+from ..arrays import SupportsDLPack
 from ..dlpack import DeviceTensor, device_tensor
 from ..errors import ArrayError, DeviceError, DTypeMismatchError
 from ..gpu.array import DeviceArray
@@ -58,18 +58,18 @@ class CupyGpus(Gpus):
             device = value.device.id
             on.wait(self.devices[device].current_stream().record())
             array = DeviceArray(value.data.ptr, value.dtype, value.shape, device, value)
-            if value.flags.c_contiguous:
-                return array
-            _check_copied(array, to_write)
-            return self._packed(array, value.strides, on)
-        if not isinstance(value, SupportsDLPack):
+            is_packed, strides, is_read_only = value.flags.c_contiguous, value.strides, False
+        elif isinstance(value, SupportsDLPack):
+            tensor = device_tensor(value, on.handle)
+            array = DeviceArray(tensor.address, tensor.dtype, tensor.shape, tensor.device, tensor)
+            is_packed, strides = _is_packed(tensor), tensor.strides
+            is_read_only = tensor.is_read_only
+        else:
             raise ArrayError(f"no array on a GPU: {type(value).__name__}")
-        tensor = device_tensor(value, on.handle)
-        array = DeviceArray(tensor.address, tensor.dtype, tensor.shape, tensor.device, tensor)
-        if _is_packed(tensor):
-            return array
-        _check_copied(array, to_write)
-        return self._packed(array, tensor.strides, on)
+        if to_write and not (is_packed and not is_read_only):
+            why = "read-only" if is_read_only else "not contiguous"
+            raise ArrayError(f"the output {array!r} is {why}: give one that can be written")
+        return array if is_packed else self._packed(array, strides, on)
 
     def give_back(self, value: object, on: Stream) -> None:
         """Let the current stream of the array's library wait; see `Gpus.give_back`."""
@@ -111,15 +111,6 @@ class CupyGpus(Gpus):
         with self._cupy.cuda.Device(array.device), on.stream:
             self._viewed(out, dtype, None)[...] = self._viewed(array, dtype, strides)
         return out
-
-
-def _check_copied(array: DeviceArray, to_write: bool) -> None:
-    """Raise where a copy is not enough."""
-    if to_write:
-        raise ArrayError(
-            f"the output {describe(array)} on GPU {array.device} is not contiguous: give one "
-            "that is"
-        )
 
 
 def _is_packed(tensor: DeviceTensor) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
-from ..errors import CollectiveError, MissingDependencyError
+from ..errors import CollectiveError
 from ..gpu.array import DeviceArray
 from ..gpu.device import Device, Stream
-from ..gpu.door import import_cupy
+from ..gpu.door import import_cupy, import_nccl
 from ..gpu.nccl import Communicator, Nccl
 
 _LIBRARY = "libnccl.so.2"
@@ -24,24 +24,28 @@ _IN_PROGRESS = 7  # ncclInProgress: no error; CuPy has no text for it and raises
 
 @final
 class CupyNccl(Nccl):
-    """The NCCL that CuPy has loaded; of version 0.0.0 where it has none."""
+    """The NCCL that CuPy has loaded.
+
+    Raises
+    ------
+    MissingDependencyError
+        CuPy is not installed, or finds no NCCL.
+    """
 
     def __init__(self) -> None:
         self._cupy = import_cupy()
-        self._nccl: Any = self._cupy.cuda.nccl
-        number = self._nccl.get_version() if self._nccl.available else 0
+        self._nccl: Any = import_nccl()
+        number = self._nccl.get_version()
         self.version = number // 10000, number % 10000 // 100, number % 100
 
     def unique_id(self) -> bytes:
         """Ask NCCL (ncclGetUniqueId)."""
-        self._check_there()
         with self._named("ncclGetUniqueId"):
             made = self._nccl.get_unique_id()
         return bytes(number & 0xFF for number in made)
 
     def init_rank(self, size: int, unique_id: bytes, rank: int, device: Device) -> Communicator:
         """Become a member (ncclCommInitRank); other threads go on meanwhile."""
-        self._check_there()
         with self._named("ncclCommInitRank"), self._cupy.cuda.Device(device.index):
             try:
                 comm = self._nccl.NcclCommunicator(size, unique_id, rank)
@@ -52,7 +56,6 @@ class CupyNccl(Nccl):
 
     def init_all(self, devices: Sequence[Device]) -> list[Communicator]:
         """Make all members (ncclCommInitAll)."""
-        self._check_there()
         with self._named("ncclCommInitAll"):
             comms = self._nccl.NcclCommunicator.initAll([device.index for device in devices])
         size = len(devices)
@@ -88,13 +91,6 @@ class CupyNccl(Nccl):
             self._nccl.groupEnd()
         except (self._nccl.NcclError, KeyError):
             return  # the error that ended the block is the one to be told
-
-    def _check_there(self) -> None:
-        if not self._nccl.available:
-            raise MissingDependencyError(
-                "CuPy finds no NCCL, which several GPUs need: pip install nvidia-nccl-cu12 "
-                "(or -cu13, as your CuPy)"
-            )
 
 
 @final

@@ -23,3 +23,22 @@ def import_cupy() -> Any:
             "pip install 'kvcoll[gpu]'"
         ) from error
     return cupy
+
+
+def import_nccl() -> Any:
+    """Import ``cupy.cuda.nccl``, which CuPy does not do by itself.
+
+    Raises
+    ------
+    MissingDependencyError
+        CuPy is not installed, or finds no NCCL.
+    """
+    import_cupy()
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        raise MissingDependencyError(
+            "CuPy finds no NCCL, which several GPUs need: pip install nvidia-nccl-cu12 "
+            "(or -cu13, as your CuPy)"
+        )
+    return nccl

@@ -19,7 +19,6 @@ from ..gpu.places import Sight, places_of
 from ..sums import Adder, order_of
 from ..topology import Topology
 from ..transport import mpi
-from ..transport.alone import AloneTransport
 from ..transport.leg import DirectLeg, LegSizes
 from ..transport.waiting import Waiting
 from .crossing import Crossing
@@ -36,25 +35,6 @@ Find: TypeAlias = Callable[[], tuple[Gpus, Nccl]]
 
 #: How long a transfer may make no way, unless told otherwise.
 LIMIT_S = 300.0
-
-
-def transport_of_one(
-    gpus: Gpus, device: Device, *, scratch_bytes: int = SCRATCH_BYTES
-) -> GpuTransport:
-    """Make the transport of a store of one process: its sums are its own arrays.
-
-    Parameters
-    ----------
-    gpus : Gpus
-    device : Device
-        On which the store's values are.
-    scratch_bytes : int, optional
-        How much a sink gets at once.
-    """
-    member = Member(0, device, device.stream(), None)
-    clique = Clique(None, [member], 1, scratch_bytes=scratch_bytes)
-    watch = Watch([], LIMIT_S, "rank 0 of 1")
-    return GpuTransport(AloneTransport(), gpus, member, clique, 0, None, watch)
 
 
 def transport_for(

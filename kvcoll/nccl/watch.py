@@ -43,13 +43,17 @@ class Watch:
     """
 
     def __init__(self, comms: Sequence[Communicator], limit_s: float, who: str) -> None:
-        self._comms, self._limit_s, self._who = comms, limit_s, who
+        self._comms, self._limit_s, self._who = list(comms), limit_s, who
         self._lock = threading.Lock()
         self._under_way: deque[tuple[str, Event]] = deque()
         self._moved = time.monotonic()  # when the last one ended, or the first one began
         self._failure: CollectiveError | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def also(self, comms: Sequence[Communicator]) -> None:
+        """Ask more communicators for errors, and abort these, too."""
+        self._comms += comms
 
     def expect(self, name: str, event: Event) -> None:
         """Take note of a transfer that ends with an event.
