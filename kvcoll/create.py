@@ -19,7 +19,6 @@ from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
 from .errors import ArgumentError, ThreadError, text_of
-from .gpu_border import GpuBorder
 from .launch import InLine, Late, Launch, Overlap
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
@@ -27,10 +26,13 @@ from .store import KVStore
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .transport.contract import Transport
 from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .gpu_border import GpuBorder
 
 _LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu")
 _ON_DEVICES = ("device", "local_allreduce_device")  # on a GPU, if the first value is there
@@ -193,8 +195,8 @@ def create(
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
     borders: Callable[[object], GpuBorder | None] | None = None
     if kind == _NCCL:
-        on_gpus.check_one_process()
-        borders = on_gpus.border_of_one_process
+        on_gpus.find()  # what is missing is said here, not at the first init
+        borders = on_gpus.border_with_nccl
     elif kind in _ON_DEVICES:
         borders = on_gpus.border_of
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False, borders=borders)
@@ -268,7 +270,15 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
-        transport = transport_for(own, link.topology, tree=options.reproducible, patient=patient)
+        transport: Transport
+        border, beside = None, None
+        if options.is_on_gpus:
+            transport, border = on_gpus.join(own, link.topology, tree=options.reproducible)
+            beside = transport.beside
+        else:
+            transport = transport_for(
+                own, link.topology, tree=options.reproducible, patient=patient
+            )
         its_link = _async_link(own, link) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
@@ -279,6 +289,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             one_thread=True,
             launching=launching,
             tree=options.reproducible,
+            border=border,
+            host_transport=beside,
         )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
@@ -287,7 +299,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         _links.append(its_link)
     _open_stores[:] = [other for other in _open_stores if not other[0].closed]
     _open_stores.append((store, its_link.ranks))
-    if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
+    is_told = transport.topology.rank == 0 and border is None and not options.reproducible
+    if is_told and lacks_shared_memory(transport):
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
@@ -330,6 +343,7 @@ def _leave_all() -> None:
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    on_gpus.end_all()
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:

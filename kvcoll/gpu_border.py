@@ -8,8 +8,8 @@ current stream comes after what a call has done with its arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, final
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias, final
 
 from .arrays import Array, as_array, as_output, native
 from .errors import ArgumentError
@@ -125,6 +125,9 @@ class GpuBorder:
                 if array.shape != spec.shape or array.dtype is not spec.dtype:
                     spec.check_pushed(array)
                 values[place].append(array)
+        for listed in values:
+            if len(listed) > 1:
+                self.place.prepare(listed)
         return values
 
     # Out --------------------------------------------------------------------------
@@ -199,10 +202,20 @@ class GpuBorder:
         spec.check_output(target)
         self.place.check(Spec(spec.key, target.shape, target.dtype, 0))
 
+    def refuse_rows(self) -> NoReturn:
+        """Raise for a call that is about rows.
+
+        Raises
+        ------
+        ArgumentError
+            Always.
+        """
+        raise ArgumentError(_ROWS)
+
     # To the host and back -----------------------------------------------------------
 
     def at_host(
-        self, entries: dict[Key, Entry], updater: Updater
+        self, entries: Mapping[Key, Entry], updater: Updater
     ) -> tuple[dict[Key, Entry], Updater]:
         """Copy values, and the optimizer's states, to the host: for files.
 
@@ -228,7 +241,7 @@ class GpuBorder:
         return copies, updater
 
     def take_back(
-        self, copies: dict[Key, Entry], entries: dict[Key, Entry], updater: Updater
+        self, copies: Mapping[Key, Entry], entries: Mapping[Key, Entry], updater: Updater
     ) -> Updater:
         """Copy to the GPU what `at_host` gave and a file has changed; give the store's updater."""
         chunks = {copies[key].chunk: entry.chunk for key, entry in entries.items()}
@@ -237,7 +250,7 @@ class GpuBorder:
         return self.take_updater(copies, entries, updater)
 
     def take_updater(
-        self, copies: dict[Key, Entry], entries: dict[Key, Entry], updater: Updater
+        self, copies: Mapping[Key, Entry], entries: Mapping[Key, Entry], updater: Updater
     ) -> Updater:
         """Copy to the GPU the states of an optimizer; give the store's updater."""
         if not isinstance(updater, Optimize):
@@ -247,14 +260,3 @@ class GpuBorder:
 
     def _down(self, source: Array, out: Array) -> None:
         self.place.download(as_device(source), out)
-
-
-def refuse_rows() -> None:
-    """Raise for a call that is about rows.
-
-    Raises
-    ------
-    ArgumentError
-        Always.
-    """
-    raise ArgumentError(_ROWS)

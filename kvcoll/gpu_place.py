@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import numpy as np
 
-from .arrays import Array, DType
+from .arrays import Array, DType, wide
 from .errors import DTypeMismatchError
 from .gpu.array import DeviceArray, as_any, as_device
 from .gpu.device import Device, Gpus, Stream
@@ -35,6 +35,19 @@ from .place import Place, Update
 from .schema import Spec
 
 
+class SumsOverGpus(Protocol):
+    """What adds values that lie on several GPUs of this process, better than copies to one."""
+
+    def suits(self, values: Sequence[DeviceArray]) -> bool:
+        """Say whether it adds such values."""
+
+    def prepare(self, values: Sequence[DeviceArray]) -> None:
+        """Do before the first sum what may fail."""
+
+    def add(self, values: Sequence[DeviceArray], out: DeviceArray) -> None:
+        """Add flat values left to right."""
+
+
 @final
 class GpuPlace(Place):
     """One GPU.
@@ -46,6 +59,11 @@ class GpuPlace(Place):
         Where the store's values lie.
     stream : Stream, optional
         That of the transport, where there is one; by default a new one.
+
+    Attributes
+    ----------
+    sums : SumsOverGpus or None
+        For lists of values on several GPUs; without it they are copied here to be added.
     """
 
     is_host = False
@@ -61,6 +79,7 @@ class GpuPlace(Place):
         self._moves: list[tuple[DeviceArray, DeviceArray]] = []
         self._updates: list[tuple[Optimizer, Update]] = []
         self._told: set[type[Optimizer]] = set()
+        self.sums: SumsOverGpus | None = None
 
     # Memory -----------------------------------------------------------------------
 
@@ -139,8 +158,29 @@ class GpuPlace(Place):
         outs : sequence of DeviceArray
             Of one dtype, in this GPU's memory.
         """
-        values = [[self.bring(as_device(value)) for value in listed] for listed in lists]
-        to = [as_device(out) for out in outs]
+        values, to = [], []
+        for listed, total in zip(lists, outs, strict=True):
+            own, out = [as_device(value) for value in listed], as_device(total)
+            if self.sums is not None and self._suit(own, out):
+                self.sums.add([value.reshape(-1) for value in own], out.reshape(-1))
+            else:
+                values.append([self.bring(value) for value in own])
+                to.append(out)
+        if to:
+            self._add(values, to)
+
+    def prepare(self, values: Sequence[Array]) -> None:
+        """Do what may fail before the ranks agree on a push of these values."""
+        own = [as_device(value) for value in values]
+        if self.sums is not None and self.sums.suits(own):
+            self.sums.prepare(own)
+
+    def _suit(self, values: Sequence[DeviceArray], out: DeviceArray) -> bool:
+        dtype = values[0].dtype
+        fits = out.dtype in (dtype, wide(dtype))
+        return self.sums is not None and fits and self.sums.suits(values)
+
+    def _add(self, values: list[list[DeviceArray]], to: list[DeviceArray]) -> None:
         dtype = to[0].dtype
         if all(len(listed) == 1 for listed in values):
             self._moves += [(listed[0], out) for listed, out in zip(values, to, strict=True)]

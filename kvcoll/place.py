@@ -129,7 +129,8 @@ class HostPlace(Place):
 
     def clone(self, array: Array) -> Array:
         """Ask NumPy."""
-        return array.copy()
+        copied: Array = array.copy()
+        return copied
 
     def update(self, optimizer: Optimizer, work: Sequence[Update]) -> None:
         """Step after step."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
 
@@ -37,7 +37,6 @@ from .errors import (
     text_of,
 )
 from .files import as_path
-from .gpu_border import GpuBorder, refuse_rows
 from .guard import Guard, Reading
 from .launch import InLine, Launch
 from .outputs import checked_outputs, fill
@@ -57,6 +56,9 @@ from .sparse import Rows, RowSparse
 from .transport.alone import AloneTransport
 from .transport.contract import Transport
 from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
+
+if TYPE_CHECKING:
+    from .gpu_border import GpuBorder  # loads what only GPUs need
 
 _NO_OUTPUT = object()
 _NO_VALUE = object()
@@ -398,7 +400,7 @@ KeyKindError, ArrayError
         """
         with self._reading:
             if self._border is not None:
-                refuse_rows()
+                self._border.refuse_rows()
             plan = self._plan(key)
             self._launch.wait(plan.given, to_read=True)
             with self._launch.reading:
@@ -956,9 +958,7 @@ KeyKindError, ArrayError
                 self._updater, self._version, checkpoint = loaded.apply()
                 if self._border is not None:
                     known = self._replica.entries
-                    self._updater = self._border.take_back(
-                        dict(contents.entries), known, self._updater
-                    )
+                    self._updater = self._border.take_back(contents.entries, known, self._updater)
             self._engine.restore(compressor, is_on=loaded.is_compressed)
             self._plans.clear()  # they hold the states of before
             return checkpoint
@@ -1143,7 +1143,9 @@ KeyKindError, ArrayError
     def _at_host(self) -> tuple[Mapping[Key, Entry], Updater]:
         """Give keys and updater for files: copies, if they lie on a GPU."""
         entries, updater = self._replica.entries, self._updater
-        return (entries, updater) if self._border is None else self._border.at_host(entries, updater)
+        return (
+            (entries, updater) if self._border is None else self._border.at_host(entries, updater)
+        )
 
     def _fill(self, outputs: list[Any]) -> None:
         if self._border is None:
@@ -1283,13 +1285,14 @@ KeyKindError, ArrayError
                 priority = _as_priority(priority)
             is_own = plan.is_own(value)
             outputs: list[Any] = []
+            rows: dict[int, list[RowSparse]] = {}
             if self._border is not None:
                 values = self._border.pushed(plan.given, plan.is_list, plan.places, value)
-                rows, is_own = {}, False
+                is_own = False
                 if out is not _NO_OUTPUT:
                     outputs = self._border.outputs(plan.given, plan.is_list, out)
             else:
-                values, rows = (plan.own_values, {}) if is_own else _pushed_values(plan, value)
+                values, rows = (plan.own_values, rows) if is_own else _pushed_values(plan, value)
                 if out is not _NO_OUTPUT:
                     outputs = checked_outputs(plan.given, plan.is_list, out, takes_rows=True)
             push = plan.push

@@ -4,6 +4,7 @@
     python scripts/train.py --kv-store local
     mpirun -np 4 python scripts/train.py --plot curve.png --weights digits.safetensors
     mpirun -np 4 python scripts/train.py --checkpoint run --resume
+    mpirun -np 16 python scripts/train.py --kv-store dist_device_sync     # a GPU a rank
 
 Rules of the file:
 
@@ -12,7 +13,8 @@ Rules of the file:
 - A rank pushes the sum over its share of a batch, not the mean: the sum over the ranks is then
   the sum over the batch, and any number of ranks trains along the same curve.
 - `kv` holds the parameters and updates them. `sums` has no updater: what is pushed to it comes
-  back as the sum over the ranks, which serves for losses, hits and digests.
+  back as the sum over the ranks, which serves for losses, hits and digests; it is on the host.
+- Samples and parameters lie on this rank's GPU, if the store is on GPUs; the code is the same.
 
 Exit codes: 0 done; 1 the target accuracy is missed, or replicas differ; 2 a wrong option or file.
 """
@@ -36,6 +38,7 @@ from typing import NamedTuple, NoReturn
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import train_arrays
 import train_checkpoint
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -56,10 +59,11 @@ WITH_MOMENTUM = ("sgd", "nag", "lars")
 
 
 class Samples(NamedTuple):
-    """Images, one a row, and the digit that each of them shows."""
+    """Images, one a row, and the digit that each of them shows, also as a row of 0 and 1."""
 
     pixels: Floats
     digits: NDArray[np.int64]
+    targets: Floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +86,19 @@ class Epoch:
 def main() -> int:
     """Run the command line; return the exit code, which is the same on every rank."""
     args = parse_args()
-    waits = args.kv_store.lower().replace("dist_async", "dist_sync")  # for sums at once
     with (
         kvcoll.create(args.kv_store, overlap=args.overlap) as kv,
-        kvcoll.create(waits) as sums,
+        kvcoll.create(train_arrays.beside(args.kv_store)) as sums,
     ):
-        return run(args, kv, sums)
+        return run(args, kv, sums, train_arrays.arrays_for(args.kv_store, kv.local_rank))
 
 
-def run(args: argparse.Namespace, kv: kvcoll.KVStore, sums: kvcoll.KVStore) -> int:
+def run(
+    args: argparse.Namespace,
+    kv: kvcoll.KVStore,
+    sums: kvcoll.KVStore,
+    arrays: train_arrays.Arrays,
+) -> int:
     """Train, report, prove that all replicas are the same bits, and write the files."""
     train, test = load_samples()
     params = init_params([train.pixels.shape[1], *args.hidden, 10], args.seed)
@@ -98,12 +106,16 @@ def run(args: argparse.Namespace, kv: kvcoll.KVStore, sums: kvcoll.KVStore) -> i
 
     say(kv, describe_run(args, kv, params, train, test))
     epochs = []
-    for epoch in with_progress_bar(args, kv, fit(args, kv, sums, params, train, test)):
+    here = {name: arrays.put(value) for name, value in params.items()}
+    train, test = (Samples(*map(arrays.put, samples)) for samples in (train, test))
+    steps = fit(args, kv, sums, here, train, test, arrays)
+    for epoch in with_progress_bar(args, kv, steps):
         epochs.append(epoch)
         if epoch.number % math.ceil(args.epochs / 20) == 0 or epoch.number == args.epochs:
             say(kv, describe_epoch(epoch, len(train.digits)))
     say(kv, describe_end(args, epochs, len(train.digits)))
 
+    params = {name: arrays.at_host(value) for name, value in here.items()}
     digests = gather(sums, "digests", digest(params))
     same = int((digests == digests[0]).all(axis=1).sum())
     shown = digests[0].tobytes()[:8].hex()
@@ -120,12 +132,14 @@ def fit(
     params: Params,
     train: Samples,
     test: Samples,
+    arrays: train_arrays.Arrays,
 ) -> Iterator[Epoch]:
     """Train `params` in place; yield where it stands before the first epoch and after each."""
     names, values = list(params), list(params.values())
     kv.init(names, values)
     kv.set_optimizer(create_optimizer(args))
-    kv.set_gradient_compression(compression(args))
+    if args.compression != "none":
+        kv.set_gradient_compression(compression(args))
     epochs = [Epoch(**epoch) for epoch in train_checkpoint.resume(args, kv)]
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
 
@@ -135,14 +149,15 @@ def fit(
     for number in range(epochs[-1].number + 1, args.epochs + 1):
         started_s, store_s = perf_counter(), 0.0
         for batch in shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)):
-            share = batch[kv.rank :: kv.num_workers]
-            gradients = backward(params, train.pixels[share], train.digits[share])
+            share = arrays.put(batch[kv.rank :: kv.num_workers])
+            gradients = backward(params, train.pixels[share], train.targets[share])
             pushed_s = perf_counter()
             kv.push(names, [gradients[name] for name in names])
             kv.pull(names, out=values)
             store_s += perf_counter() - pushed_s
         kv.barrier()  # where pushes are late, they are applied now
         kv.pull(names, out=values)
+        arrays.finish()
         train_s = perf_counter() - started_s
         epochs = [*epochs, Epoch(number, *score(sums, params, train, test), train_s, store_s)]
         train_checkpoint.save(args, kv, [dataclasses.asdict(epoch) for epoch in epochs])
@@ -171,9 +186,9 @@ def score(
     """Return the training loss and the test accuracy; each rank looks at its share of both."""
     mine = slice(sums.rank, None, sums.num_workers)
     log_p = log_softmax(forward(params, train.pixels[mine])[-1])
-    loss = -np.take_along_axis(log_p, train.digits[mine, None], axis=1).sum(dtype=np.float64)
+    loss = -(log_p * train.targets[mine]).sum(dtype=np.float64)
     hits = forward(params, test.pixels[mine])[-1].argmax(axis=1) == test.digits[mine]
-    totals = np.array([loss, hits.sum()])
+    totals = np.array([float(loss), float(hits.sum())])
     sums.pushpull("score", totals)
     return float(totals[0]) / len(train.digits), float(totals[1]) / len(test.digits)
 
@@ -209,7 +224,9 @@ def load_samples() -> tuple[Samples, Samples]:
     pixels, digits = load_digits(return_X_y=True)
     test, train = np.split(np.random.default_rng(0).permutation(len(digits)), [len(digits) // 5])
     pixels = ((pixels - pixels[train].mean()) / pixels[train].std()).astype(np.float32)
-    return Samples(pixels[train], digits[train]), Samples(pixels[test], digits[test])
+    targets = train_arrays.one_hot(digits)
+    own, others = (Samples(pixels[k], digits[k], targets[k]) for k in (train, test))
+    return own, others
 
 
 def shuffled_batches(
@@ -242,11 +259,10 @@ def forward(params: Params, pixels: Floats) -> list[Floats]:
     return flow
 
 
-def backward(params: Params, pixels: Floats, digits: NDArray[np.int64]) -> Params:
+def backward(params: Params, pixels: Floats, targets: Floats) -> Params:
     """Return the gradients of the summed cross-entropy: zeros if there are no samples."""
     flow = forward(params, pixels)
-    delta = np.exp(log_softmax(flow[-1]))
-    delta[np.arange(len(digits)), digits] -= 1
+    delta = np.exp(log_softmax(flow[-1])) - targets
     gradients = {}
     for layer in range(len(params) // 2, 0, -1):
         gradients[f"layer{layer}_weight"] = flow[layer - 1].T @ delta
@@ -461,7 +477,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--kv-store",
         default="dist_sync",
         metavar="TYPE",
-        help=f"type of the store; local needs neither mpirun nor MPI {default}",
+        help="type of the store; local needs neither mpirun nor MPI; dist_device_sync, and nccl "
+        f"without mpirun, train on GPUs {default}",
     )
     add(
         "--epochs",

@@ -76,7 +76,7 @@ class FakeNccl(Nccl):
         version: tuple[int, int, int] = (2, 30, 3),
     ) -> None:
         self.version = version
-        self._gpus, self._folder = gpus, folder
+        self.gpus, self._folder = gpus, folder
         self._depth = 0
         self._calls: list[_Call] = []
         self.open: list[FakeCommunicator] = []  # neither destroyed nor aborted
@@ -101,8 +101,8 @@ class FakeNccl(Nccl):
             if time.monotonic() > end:
                 raise CollectiveError("ncclCommInitRank: not all members came")
             time.sleep(0.001)
-        self._gpus.pump_in_background()
-        return self._opened(FakeCommunicator(self, self._gpus, rank, size, device.index, mail))
+        self.gpus.pump_in_background()
+        return self._opened(FakeCommunicator(self, self.gpus, rank, size, device.index, mail))
 
     def init_all(self, devices: Sequence[Device]) -> list[Communicator]:
         if self.init_error is not None:
@@ -110,7 +110,7 @@ class FakeNccl(Nccl):
         if len({device.uuid for device in devices}) < len(devices):
             raise CollectiveError("ncclCommInitAll: a GPU stands twice in the list")
         members = [
-            FakeCommunicator(self, self._gpus, k, len(devices), device.index, None)
+            FakeCommunicator(self, self.gpus, k, len(devices), device.index, None)
             for k, device in enumerate(devices)
         ]
         for member in members:
@@ -144,26 +144,26 @@ class FakeNccl(Nccl):
     def _check_call(self, call: _Call) -> None:
         comm = call.comm
         if comm not in self.open:
-            self._gpus.break_rule(f"{call} on a communicator that was closed")
+            self.gpus.break_rule(f"{call} on a communicator that was closed")
         for array in (call.source, call.out):
             if array is not None and array.device != comm.device:
-                self._gpus.break_rule(f"{call}: {array!r} is not on GPU {comm.device}")
+                self.gpus.break_rule(f"{call}: {array!r} is not on GPU {comm.device}")
             if array is not None and array.nbytes == 0:
-                self._gpus.break_rule(f"{call}: nothing to carry")
+                self.gpus.break_rule(f"{call}: nothing to carry")
         if call.stream.device != comm.device:
-            self._gpus.break_rule(f"{call}: its stream is of GPU {call.stream.device}")
+            self.gpus.break_rule(f"{call}: its stream is of GPU {call.stream.device}")
         if not 0 <= call.peer < comm.size:
-            self._gpus.break_rule(f"{call}: there are {comm.size} members")
+            self.gpus.break_rule(f"{call}: there are {comm.size} members")
         if call.kind in ("send", "receive") and call.peer == comm.rank:
-            self._gpus.break_rule(f"{call}: to itself")
+            self.gpus.break_rule(f"{call}: to itself")
         if call.kind == "all_gather":
             assert call.source is not None
             assert call.out is not None
             if call.out.nbytes != comm.size * call.source.nbytes:
-                self._gpus.break_rule(f"{call}: it fills {call.out!r}")
+                self.gpus.break_rule(f"{call}: it fills {call.out!r}")
             at = call.out.address + comm.rank * call.source.nbytes
             if _meet(call.source, call.out) and call.source.address != at:
-                self._gpus.break_rule(f"{call}: it overlaps, but not in its own place")
+                self.gpus.break_rule(f"{call}: it overlaps, but not in its own place")
 
     def _launch(self, calls: list[_Call]) -> None:
         """Put a whole group on its streams."""
@@ -183,28 +183,28 @@ class FakeNccl(Nccl):
         for comm in dict.fromkeys(call.comm for call in calls):
             own = [call for call in calls if call.comm is comm]
             if len({call.stream.handle for call in own}) > 1:
-                self._gpus.break_rule(f"a group puts calls of rank {comm.rank} on several streams")
+                self.gpus.break_rule(f"a group puts calls of rank {comm.rank} on several streams")
         for number, call in enumerate(calls):
             for other in calls[number + 1 :]:
                 for written, array in ((call.out, other.source), (call.out, other.out)):
                     if written is not None and array is not None and _meet(written, array):
-                        self._gpus.break_rule(f"{call} writes what {other} of its group uses")
+                        self.gpus.break_rule(f"{call} writes what {other} of its group uses")
                 if (
                     other.out is not None
                     and call.source is not None
                     and _meet(other.out, call.source)
                 ):
-                    self._gpus.break_rule(f"{other} writes what {call} of its group uses")
+                    self.gpus.break_rule(f"{other} writes what {call} of its group uses")
 
     def _put(self, calls: list[_Call], run: Callable[[], bool]) -> None:
         """Put the calls of one member on its stream."""
         reads = [call.source for call in calls if call.source is not None]
         writes = [call.out for call in calls if call.out is not None]
-        self._gpus.put_part(calls[0].stream, run, reads, writes, f"nccl {calls[0].kind}")
+        self.gpus.put_part(calls[0].stream, run, reads, writes, f"nccl {calls[0].kind}")
 
     def _put_clique(self, clique: Sequence[FakeCommunicator], calls: list[_Call]) -> None:
         """Match the calls of members in one process, and put all of them on their streams."""
-        moves = list(_matched(clique, calls, self._gpus))
+        moves = list(_matched(clique, calls, self.gpus))
         for call in calls:  # what is received comes after what its sender did before
             for other in calls:
                 merge(call.stream.clock, other.stream.clock)
@@ -286,7 +286,7 @@ class FakeCommunicator(Communicator):
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.clique: Sequence[FakeCommunicator] | None = None
-        self._nccl, self._gpus, self._mail = nccl, gpus, mail
+        self._nccl, self.gpus, self._mail = nccl, gpus, mail
         self._sent = dict.fromkeys(range(size), 0)
         self._received = dict.fromkeys(range(size), 0)
         self._n_collectives = 0
@@ -314,8 +314,8 @@ class FakeCommunicator(Communicator):
         self._close()
 
     def destroy(self) -> None:
-        if any(not work.is_done for work in self._gpus._queue):
-            self._gpus.break_rule("a communicator is destroyed while work is on its streams")
+        if any(not work.is_done for work in self.gpus._queue):
+            self.gpus.break_rule("a communicator is destroyed while work is on its streams")
         self._close()
 
     def rounds(self, calls: list[_Call]) -> Callable[[], bool]:

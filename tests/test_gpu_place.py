@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays_of import f32
 from fake_gpu import FakeGpus
 from host_kernel import needs_compiler
 from test_kernels_fused import assert_same_bits, awkward
@@ -92,7 +93,7 @@ def test_steps_that_differ_in_numbers_alone_are_one_launch(place: GpuPlace) -> N
 
 
 def test_lists_are_added_where_some_lie_on_another_gpu(place: GpuPlace, gpus: FakeGpus) -> None:
-    numbers = [np.float32([2048, 2**-20, k]) for k in range(3)]
+    numbers = [f32([2048, 2**-20, k]) for k in range(3)]
     values = [gpus.adopt(gpus.array(x, k % 2), place.stream) for k, x in enumerate(numbers)]
     total = place.empty(3, np.dtype(np.float32))
     place.add_lists([[as_any(value) for value in values]], [total])
@@ -110,12 +111,15 @@ def test_copies_to_another_gpu_come_before_what_follows(place: GpuPlace, gpus: F
 
 
 def test_an_optimizer_that_is_no_kernel_says_so_once(place: GpuPlace) -> None:
-    class Odd(optimizers.SGD):
+    class Odd(optimizers.Optimizer):
+        def _n_states(self) -> int:
+            return 0
+
         def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Any) -> None:
             np.exp(grad, out=scratch[0])
             np.subtract(weight, scratch[0], out=weight)
 
-    weight, grad = np.float32([1, 2, 3]), np.float32([0, 1, 0.5])
+    weight, grad = f32([1, 2, 3]), f32([0, 1, 0.5])
     ours = put(place, weight), put(place, grad)
     with pytest.warns(RuntimeWarning, match=r"Odd updates one operation after another .*exp"):
         place.update(Odd(), [Update(*ours, [], Step(0.1, 0.0, 1))])

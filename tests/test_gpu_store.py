@@ -9,12 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays_of import f32, f64
 from fake_gpu import FakeArray, FakeGpus
+from fake_nccl import FakeNccl
 from host_kernel import needs_compiler
 
 import kvcoll
 from kvcoll import on_gpus
-from kvcoll.cuda import find
 
 pytestmark = [pytest.mark.single, needs_compiler]
 
@@ -22,11 +23,18 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
-    fakes = FakeGpus(2)
-    monkeypatch.setattr(find, "find_gpus", lambda: fakes)
-    monkeypatch.setattr(on_gpus, "check_one_process", lambda: None)
+def nccl() -> FakeNccl:
+    return FakeNccl(FakeGpus(2))
+
+
+@pytest.fixture
+def gpus(nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
+    fakes = nccl.gpus
+    monkeypatch.setattr(on_gpus, "find", lambda: (fakes, nccl))
+    monkeypatch.setattr(on_gpus, "find_gpus", lambda: fakes)
     yield fakes
+    on_gpus.end_all()
+    assert not nccl.open
     fakes.finish()
 
 
@@ -64,13 +72,28 @@ def test_the_tutorial_is_the_same_on_a_gpu(kv: Any, gpus: FakeGpus) -> None:
 
 
 def test_values_of_the_host_and_of_several_gpus_are_one_sum(kv: Any, gpus: FakeGpus) -> None:
-    parts = [np.float32([2.0**-k, 3.0, k]) for k in (20, 1, 0)]
+    parts = [f32([2.0**-k, 3.0, k]) for k in (20, 1, 0)]
     kv.init("w", gpus.array(np.zeros(3, np.float32)))
     kv.push("w", [gpus.array(parts[0], 1), parts[1], gpus.array(parts[2])])
     host, there = np.zeros(3), gpus.array(np.zeros(3, np.float32), 1)
     kv.pull("w", out=[host, there])
     expected = (parts[0] + parts[1]) + parts[2]
     assert host.tolist() == there.get().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["nccl", "device"])
+def test_large_values_on_several_gpus_are_added_in_the_order_of_the_list(
+    gpus: FakeGpus, nccl: FakeNccl, kind: str
+) -> None:
+    random = np.random.default_rng(3)
+    parts = [random.standard_normal(200_000).astype(np.float16) for _ in range(4)]
+    kv = kvcoll.create(kind)
+    kv.init("w", gpus.array(np.zeros(200_000, np.float16)))
+    kv.push("w", [gpus.array(part, k % 2) for k, part in enumerate(parts)])
+    wide = [part.astype(np.float32) for part in parts]
+    expected = (((wide[0] + wide[1]) + wide[2]) + wide[3]).astype(np.float16)
+    assert kv.pull("w").get().tobytes() == expected.tobytes()
+    assert len(nccl.open) == (2 if kind == "nccl" else 0)  # by NCCL, or by copies
 
 
 def test_a_first_value_of_the_host_keeps_a_device_store_there(gpus: FakeGpus) -> None:
@@ -90,8 +113,8 @@ def test_a_first_call_that_fails_decides_nothing(gpus: FakeGpus) -> None:
 def test_an_nccl_store_takes_values_of_the_host(gpus: FakeGpus) -> None:
     kv = kvcoll.create("NCCL")
     assert kv.type == "nccl"
-    kv.init(1, np.float64([1, 2]))
-    kv.push(1, [np.float32([1, 1]), np.float64([3, 4])])
+    kv.init(1, f64([1, 2]))
+    kv.push(1, [f32([1, 1]), f64([3, 4])])
     assert isinstance(kv.pull(1), FakeArray)
     assert kv.pull(1, out=np.zeros(2)).tolist() == [4, 5]
 
@@ -169,8 +192,8 @@ def test_a_push_and_a_pull_of_many_keys_are_one_launch_each(gpus: FakeGpus) -> N
 
 
 def test_pushpull_and_broadcast_fill_in_place(kv: Any, gpus: FakeGpus) -> None:
-    value = gpus.array(np.float32([1, 2]))
-    other = gpus.array(np.float32([0, 0]), 1)
+    value = gpus.array(f32([1, 2]))
+    other = gpus.array(f32([0, 0]), 1)
     assert kv.broadcast("w", value, other) is other
     assert other.get().tolist() == [1, 2]
     assert kv.pushpull("w", [value, other]) == [value, other]
@@ -178,15 +201,15 @@ def test_pushpull_and_broadcast_fill_in_place(kv: Any, gpus: FakeGpus) -> None:
 
 
 def test_own_arrays_and_views_are_on_the_gpu(kv: Any, gpus: FakeGpus) -> None:
-    kv.init([1, 2], [gpus.array(np.float32([1, 2])), gpus.array(np.float32([3]))])
+    kv.init([1, 2], [gpus.array(f32([1, 2])), gpus.array(f32([3]))])
     grads = kv.empty([1, 2])
     assert kv.empty(1) is grads[0]
-    grads[0][...] = np.float32([5, 6])
+    grads[0][...] = f32([5, 6])
     grads[1][...] = 7
     kv.push([1, 2], grads)
     views = kv.view([1, 2])
     assert [view.get().tolist() for view in views] == [[5, 6], [7]]
-    adopted = kv.adopt([1, 2], [np.float32([8, 9]), gpus.array(np.float32([10]))])
+    adopted = kv.adopt([1, 2], [f32([8, 9]), gpus.array(f32([10]))])
     assert adopted[0] is grads[0]
     kv.push([1, 2], adopted)
     assert [view.get().tolist() for view in views] == [[8, 9], [10]]
@@ -201,19 +224,19 @@ def test_an_updater_may_keep_what_it_was_given_and_push_it(kv: Any, gpus: FakeGp
         kept.append(given)
         stored += given
 
-    kv.init(1, gpus.array(np.float32([1, 1])))
+    kv.init(1, gpus.array(f32([1, 1])))
     kv.set_updater(update)
-    kv.push(1, gpus.array(np.float32([1, 2])))
+    kv.push(1, gpus.array(f32([1, 2])))
     kv.push(1, [kept[0], kept[0]])
     assert kv.pull(1).get().tolist() == [1 + 1 + 2, 1 + 2 + 4]
 
 
 def test_mistakes_are_named_and_nothing_is_applied(kv: Any, gpus: FakeGpus) -> None:
-    kv.init(1, gpus.array(np.float32([1, 2])))
+    kv.init(1, gpus.array(f32([1, 2])))
     rows = kvcoll.RowSparse(np.ones((1, 2), np.float32), np.array([0]), (2, 2))
     for wrong, named in [
-        (gpus.array(np.float32([1])), "float32\\[2\\], pushed float32\\[1\\]: reshape"),
-        (gpus.array(np.complex64([1, 2])), "complex64 does not cast to float32"),
+        (gpus.array(f32([1])), "float32\\[2\\], pushed float32\\[1\\]: reshape"),
+        (gpus.array(np.array([1, 2], np.complex64)), "complex64 does not cast to float32"),
         (rows, "RowSparse: row-sparse values lie on the host"),
         (np.ones(2, ml_dtypes.float8_e5m2), "a store on a GPU sums"),
         ("text", "expected an array"),
@@ -221,7 +244,7 @@ def test_mistakes_are_named_and_nothing_is_applied(kv: Any, gpus: FakeGpus) -> N
         with pytest.raises(kvcoll.errors.KVCollError, match=named):
             kv.push(1, wrong)
     with pytest.raises(kvcoll.errors.KVCollError, match="does not cast to int32"):
-        kv.pull(1, out=gpus.array(np.int32([1, 2])))
+        kv.pull(1, out=gpus.array(np.array([1, 2], np.int32)))
     with pytest.raises(kvcoll.errors.KVCollError, match="row-sparse values lie on the host"):
         kv.row_sparse_pull(1, row_ids=np.array([0]))
     with pytest.raises(kvcoll.errors.KVCollError, match="gradients on a GPU travel as they are"):
@@ -234,8 +257,8 @@ def test_mistakes_are_named_and_nothing_is_applied(kv: Any, gpus: FakeGpus) -> N
 def test_a_checkpoint_goes_from_a_gpu_to_the_host_and_back(
     kv: Any, gpus: FakeGpus, tmp_path: Path
 ) -> None:
-    keys, first = [1, 2], [np.float32([1, 2]), np.float64([3])]
-    grads = [np.float32([0.5, 0.25]), np.float64([1])]
+    keys, first = [1, 2], [f32([1, 2]), f64([3])]
+    grads = [f32([0.5, 0.25]), f64([1])]
     kv.init(keys, [gpus.array(value) for value in first])
     kv.set_optimizer("adam", learning_rate=0.1)
     kv.push(keys, grads)

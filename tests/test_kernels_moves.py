@@ -17,10 +17,22 @@ from kvcoll.kernels.table import Piece, n_lanes, rows_of
 
 pytestmark = [pytest.mark.single, needs_compiler]
 
-NAMES = (
-    "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64 "
-    "complex64 complex128"
-).split()
+NAMES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
 DTYPES = [*map(np.dtype, NAMES), np.dtype(ml_dtypes.bfloat16)]
 SIZES = (1, 1023, 0, 1024, 2049)
 
@@ -29,9 +41,11 @@ def numbers(n: int, dtype: np.dtype[Any], seed: int) -> Any:
     """Give numbers of a dtype, among them those that are awkward for it."""
     if dtype.kind in "biu":
         random = np.random.default_rng(seed)
-        return random.integers(0, 256, n * dtype.itemsize, np.uint8).view(
-            np.uint8 if dtype.kind == "b" else dtype
-        )[:n].astype(dtype)
+        return (
+            random.integers(0, 256, n * dtype.itemsize, np.uint8)
+            .view(np.uint8 if dtype.kind == "b" else dtype)[:n]
+            .astype(dtype)
+        )
     if dtype.kind == "c":
         part = np.dtype(f"f{dtype.itemsize // 2}")
         return np.ascontiguousarray(awkward(2 * max(n, 12), part, seed)[: 2 * n]).view(dtype)

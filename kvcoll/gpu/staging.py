@@ -6,7 +6,7 @@ empties one while the GPU copies the other.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class Staging:
             np.copyto(out, target.reshape(out.shape))
 
     def _empty_into(
-        self, target: HostArray, dtype: np.dtype[object], number: int, start: int, n: int
+        self, target: HostArray, dtype: np.dtype[Any], number: int, start: int, n: int
     ) -> None:
         busy = self._busy[number]
         if busy is not None:

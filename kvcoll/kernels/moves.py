@@ -21,10 +21,23 @@ MOVED = Layout(2)
 #: address and the code of its dtype.
 ADDED = Layout(1, 2)
 
-_CODES = (
-    "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 bfloat16 float32 float64 "
-    "complex64 complex128"
-).split()
+_CODES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+]
 
 
 def code_of(dtype: DType) -> int:
@@ -116,4 +129,3 @@ KVCOLL_FUNCTION {kind} kv_load(const void *from, int code, long long e) {{
   }}
 }}
 """
-

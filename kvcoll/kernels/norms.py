@@ -44,12 +44,13 @@ def layout_of(program: Program) -> Layout:
 
 @lru_cache(maxsize=1024)
 def shape_of(n_elements: int) -> Array:
-    """Give how NumPy cuts a piece: the number of blocks, where each begins and the last ends,
-    and how many sums are complete after each.
+    """Give how NumPy cuts a piece.
 
     Returns
     -------
     numpy.ndarray of int64, shape (2 n + 2,)
+        The number of blocks; where each begins, and the last one ends; and how many sums are
+        complete after each.
     """
     starts: list[int] = []
     merges: list[int] = []

@@ -133,9 +133,7 @@ def trace(function: Callable[[list[Any]], Any], dtypes: Sequence[DType]) -> Trac
     arrays = [Symbol(recorder, recorder.load(k, dtype)) for k, dtype in enumerate(dtypes)]
     loaded = [array.place for array in arrays]
     result = function(list(arrays))
-    stores = tuple(
-        (k, array.place) for k, array in enumerate(arrays) if array.place != loaded[k]
-    )
+    stores = tuple((k, array.place) for k, array in enumerate(arrays) if array.place != loaded[k])
     program = Program(
         tuple(dtypes),
         tuple(recorder.operations),

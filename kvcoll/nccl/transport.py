@@ -52,6 +52,7 @@ class GpuTransport(Transport):
     device : Device
     stream : Stream
         On which all its work is done, and that of its sinks.
+    beside : Transport
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class GpuTransport(Transport):
         self.topology = beside.topology
         self.device: Device = member.device
         self.stream: Stream = member.stream
-        self._beside, self._member, self._clique = beside, member, clique
+        self.beside, self._member, self._clique = beside, member, clique
         self._order, self._crossing, self._watch = order, crossing, watch
         self._is_one_host = self.topology.num_hosts == 1
         self._small_bytes = small_bytes
@@ -125,11 +126,11 @@ class GpuTransport(Transport):
         self, sent: Mapping[int, Array], received: Mapping[int, Array]
     ) -> Exchange:
         """Leave arrays of the host to the transport beside."""
-        return self._beside.start_all_to_all(sent, received)
+        return self.beside.start_all_to_all(sent, received)
 
     def abort(self, why: str) -> None:
         """Leave it to the transport beside."""
-        self._beside.abort(why)
+        self.beside.abort(why)
 
     def close(self) -> None:
         """End NCCL's communicator once its work is done, then the transport beside.
@@ -144,7 +145,7 @@ class GpuTransport(Transport):
                 self._watch.wait(self.stream.record())
         finally:
             self.end()
-            self._beside.close()
+            self.beside.close()
 
     def end(self) -> None:
         """Let go of NCCL without the other ranks, as when the process ends: never waits long."""
@@ -237,7 +238,7 @@ class GpuTransport(Transport):
             if is_root:
                 self.device.download(part, host, self.stream)
                 self._watch.wait(self.stream.record())
-            self._beside.broadcast(host, root)
+            self.beside.broadcast(host, root)
             if not is_root:
                 self.device.upload(host, part, self.stream)
                 self._watch.wait(self.stream.record())
