@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from fake_gpu import FakeGpus
-from fake_nccl import FakeNccl
+from fake_nccl import FakeNccl, mailbox
 
 from kvcoll.errors import (
     ArgumentError,
@@ -67,10 +67,11 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(comm: MPI.Intracomm, shared_tmp_path: Path, host_of: tuple[int, ...]) -> Ranks:
+def ranks(comm: MPI.Intracomm, host_of: tuple[int, ...]) -> Iterator[Ranks]:
     if len(set(host_of)) > 1:
         pytest.skip("fake GPUs of several processes find one another on one machine")
-    return Ranks(comm, shared_tmp_path)
+    with mailbox(comm) as folder:
+        yield Ranks(comm, folder)
 
 
 def test_a_rank_that_finds_no_gpu_tells_all(ranks: Ranks) -> None:
