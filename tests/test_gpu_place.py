@@ -8,9 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from any_gpus import AnyGpus, gpus_and_nccl, needs_kernels
 from arrays_of import f32
-from fake_gpu import FakeGpus
-from host_kernel import needs_compiler
 from test_kernels_fused import assert_same_bits, awkward
 
 from kvcoll import optimizer as optimizers
@@ -20,20 +19,20 @@ from kvcoll.gpu_place import GpuPlace
 from kvcoll.optimizer.step import Step
 from kvcoll.place import Update
 
-pytestmark = [pytest.mark.single, needs_compiler]
+pytestmark = [pytest.mark.single, needs_kernels]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture
-def gpus() -> Iterator[FakeGpus]:
-    fakes = FakeGpus(2)
-    yield fakes
-    fakes.finish()
+def gpus() -> Iterator[AnyGpus]:
+    own, _ = gpus_and_nccl(2)
+    yield own
+    own.finish()
 
 
 @pytest.fixture
-def place(gpus: FakeGpus) -> GpuPlace:
+def place(gpus: AnyGpus) -> GpuPlace:
     return GpuPlace(gpus, gpus.devices[0])
 
 
@@ -92,7 +91,7 @@ def test_steps_that_differ_in_numbers_alone_are_one_launch(place: GpuPlace) -> N
             assert_same_bits(got(place, other), one)
 
 
-def test_lists_are_added_where_some_lie_on_another_gpu(place: GpuPlace, gpus: FakeGpus) -> None:
+def test_lists_are_added_where_some_lie_on_another_gpu(place: GpuPlace, gpus: AnyGpus) -> None:
     numbers = [f32([2048, 2**-20, k]) for k in range(3)]
     values = [gpus.adopt(gpus.array(x, k % 2), place.stream) for k, x in enumerate(numbers)]
     total = place.empty(3, np.dtype(np.float32))
@@ -101,7 +100,7 @@ def test_lists_are_added_where_some_lie_on_another_gpu(place: GpuPlace, gpus: Fa
     place.stream.synchronize()
 
 
-def test_copies_to_another_gpu_come_before_what_follows(place: GpuPlace, gpus: FakeGpus) -> None:
+def test_copies_to_another_gpu_come_before_what_follows(place: GpuPlace, gpus: AnyGpus) -> None:
     source = put(place, np.arange(5, dtype=np.float64))
     out = gpus.array(np.zeros(5, np.float16), 1)
     place.copy(source, as_any(gpus.adopt(out, place.stream)))

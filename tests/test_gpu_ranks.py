@@ -9,17 +9,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
 from arrays_of import f32
-from fake_gpu import FakeArray, FakeGpus
-from fake_nccl import FakeNccl
-from host_kernel import needs_compiler
 from raised_by_all import raised_by_all
 
 import kvcoll
 from kvcoll import KVStore, on_gpus
 from kvcoll.errors import ArgumentError, DeviceError, ShapeMismatchError, UpdaterError
 
-pytestmark = needs_compiler
+pytestmark = needs_kernels
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -30,31 +28,30 @@ def gpus(
     host_of: tuple[int, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[FakeGpus]:
+) -> Iterator[AnyGpus]:
     if len(set(host_of)) > 1:
         pytest.skip("fake GPUs of several processes find one another on one machine")
-    fakes = FakeGpus(comm.size, [f"gpu-{k}" for k in range(comm.size)])
-    fakes.pump_in_background()
-    nccl = FakeNccl(fakes, Path(comm.bcast(str(tmp_path))))
-    monkeypatch.setattr(on_gpus, "find", lambda: (fakes, nccl))
-    monkeypatch.setattr(on_gpus, "find_gpus", lambda: fakes)
-    yield fakes
-    assert not nccl.open
-    fakes.finish()
+    own, nccl = gpus_and_nccl(comm.size, Path(comm.bcast(str(tmp_path))))
+    own.pump_in_background()
+    monkeypatch.setattr(on_gpus, "find", lambda: (own, nccl))
+    monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
+    yield own
+    check_closed(nccl)
+    own.finish()
 
 
 @pytest.fixture
-def kv(gpus: FakeGpus) -> Iterator[KVStore]:
+def kv(gpus: AnyGpus) -> Iterator[KVStore]:
     with kvcoll.create("dist_device_sync") as store:
         yield store
 
 
-def mine(kv: KVStore, gpus: FakeGpus, numbers: Any) -> FakeArray:
+def mine(kv: KVStore, gpus: AnyGpus, numbers: Any) -> Any:
     """Put numbers on this rank's GPU."""
     return gpus.array(numbers, kv.local_rank)
 
 
-def test_a_push_sums_over_lists_and_ranks(kv: KVStore, gpus: FakeGpus, comm: Any) -> None:
+def test_a_push_sums_over_lists_and_ranks(kv: KVStore, gpus: AnyGpus, comm: Any) -> None:
     assert kv.type == "dist_device_sync"
     kv.init(3, mine(kv, gpus, np.full((2, 3), 2.0 + kv.rank, np.float32)))
     assert (kv.pull(3).get() == 2).all()  # rank 0's
@@ -65,7 +62,7 @@ def test_a_push_sums_over_lists_and_ranks(kv: KVStore, gpus: FakeGpus, comm: Any
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64", "bool", "bfloat16"])
-def test_sums_have_the_bits_of_a_store_on_the_host(kv: KVStore, gpus: FakeGpus, dtype: str) -> None:
+def test_sums_have_the_bits_of_a_store_on_the_host(kv: KVStore, gpus: AnyGpus, dtype: str) -> None:
     kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
     random = np.random.default_rng(kv.rank)
     sizes = {"a": 3, "b": 100_000, "c": 0, "d": 70}
@@ -86,7 +83,7 @@ def test_sums_have_the_bits_of_a_store_on_the_host(kv: KVStore, gpus: FakeGpus, 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "lamb"])
 def test_optimizers_have_the_bits_of_a_store_on_the_host(
-    kv: KVStore, gpus: FakeGpus, name: str, tmp_path: Path, comm: Any
+    kv: KVStore, gpus: AnyGpus, name: str, tmp_path: Path, comm: Any
 ) -> None:
     folder = Path(comm.bcast(str(tmp_path)))
     random = np.random.default_rng(10 + kv.rank)
@@ -109,7 +106,7 @@ def test_optimizers_have_the_bits_of_a_store_on_the_host(
 
 @pytest.mark.ranks(at_least=2)
 def test_a_mistake_on_one_rank_is_the_same_error_on_all(
-    kv: KVStore, gpus: FakeGpus, comm: Any
+    kv: KVStore, gpus: AnyGpus, comm: Any
 ) -> None:
     kv.init(1, mine(kv, gpus, f32([1, 2])))
     wrong = f32([1, 2, 3] if kv.rank == 1 else [1, 2])
@@ -130,7 +127,7 @@ def test_a_mistake_on_one_rank_is_the_same_error_on_all(
 
 
 @pytest.mark.ranks(at_least=2)
-def test_ranks_may_make_different_numbers_of_pushes(kv: KVStore, gpus: FakeGpus, comm: Any) -> None:
+def test_ranks_may_make_different_numbers_of_pushes(kv: KVStore, gpus: AnyGpus, comm: Any) -> None:
     kv.init(1, mine(kv, gpus, f32([0])))
     kv.set_optimizer("test")
     with kv.join():
@@ -141,7 +138,7 @@ def test_ranks_may_make_different_numbers_of_pushes(kv: KVStore, gpus: FakeGpus,
 
 @pytest.mark.ranks(at_least=2)
 def test_a_rank_without_a_gpu_is_an_error_on_all(
-    gpus: FakeGpus, comm: Any, monkeypatch: pytest.MonkeyPatch
+    gpus: AnyGpus, comm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none() -> Any:
         raise DeviceError("this process sees no GPU")
@@ -153,6 +150,6 @@ def test_a_rank_without_a_gpu_is_an_error_on_all(
     assert "rank 1" in str(error)
 
 
-def test_overlap_is_refused_by_name(gpus: FakeGpus) -> None:
+def test_overlap_is_refused_by_name(gpus: AnyGpus) -> None:
     with pytest.raises(ArgumentError, match="a push of 'dist_device_sync' returns while"):
         kvcoll.create("dist_device_sync", overlap=True)
