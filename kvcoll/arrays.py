@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import dlpack
-from .errors import ArrayError, DTypeMismatchError, MissingDependencyError
+from .errors import ArrayError, DTypeMismatchError
+from .gpu.door import import_cupy
 
 Array: TypeAlias = npt.NDArray[Any]
 DType: TypeAlias = np.dtype[Any]
@@ -106,7 +107,7 @@ def as_output(out: object) -> tuple[Array, Array | None]:
         host = out if type(out) is np.ndarray else out.view(np.ndarray)
     elif isinstance(out, SupportsDLPack):
         if out.__dlpack_device__()[0] in _CUDA_DEVICES:
-            device = _cupy().from_dlpack(out)
+            device = import_cupy().from_dlpack(out)
             return np.empty(device.shape, device.dtype), device
         host = _from_dlpack(out)
         if not host.flags.writeable and not dlpack.is_read_only(out):
@@ -120,13 +121,20 @@ def as_output(out: object) -> tuple[Array, Array | None]:
 
 def fill_device(device: Array, host: Array) -> None:
     """Copy a filled host array into the GPU array that `as_output` gave with it."""
-    device[...] = _cupy().asarray(host)
+    device[...] = import_cupy().asarray(host)
+
+
+def is_on_cuda(value: object) -> bool:
+    """Say whether a value is an array in the memory of a GPU."""
+    if isinstance(value, np.ndarray) or not isinstance(value, SupportsDLPack):
+        return False
+    return value.__dlpack_device__()[0] in _CUDA_DEVICES
 
 
 def _from_dlpack(value: SupportsDLPack) -> Array:
     kind = value.__dlpack_device__()[0]
     if kind in _CUDA_DEVICES:
-        host: Array = _cupy().from_dlpack(value).get()
+        host: Array = import_cupy().from_dlpack(value).get()
         return host
     if kind not in _CPU_DEVICES:
         raise ArrayError(
@@ -153,16 +161,6 @@ def _writable_alias(array: Array) -> Array:
     memory = (ctypes.c_char * (high - low)).from_address(low)
     alias: Array = np.ndarray(array.shape, array.dtype, memory, first - low, array.strides)
     return alias
-
-
-def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise MissingDependencyError(
-            "an array lies on a GPU and CuPy is not installed: pip install 'kvcoll[gpu]'"
-        ) from error
-    return cupy
 
 
 def is_small_float(dtype: DType) -> bool:

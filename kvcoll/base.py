@@ -11,7 +11,8 @@ _Store = TypeVar("_Store", bound="type[KVStoreBase]")
 
 OWN_NAMES = (
     *("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device"),
-    *("dist", "dist_sync", "dist_async", "dist_async_device", "teststore"),
+    *("nccl", "dist", "dist_sync", "dist_device_sync", "dist_sync_device"),
+    *("dist_async", "dist_async_device", "teststore"),
 )
 _registered: dict[str, type[KVStoreBase]] = {}
 

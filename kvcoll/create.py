@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import exiting, farewell, testing
+from . import exiting, farewell, on_gpus, testing
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
@@ -28,15 +28,21 @@ from .store import KVStore, Survivor
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .transport.contract import Transport
 from .watchdog import Track, Watchdog, Watched, patrol, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
+    from .gpu_border import GpuBorder
+
+_LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu")
+_ON_DEVICES = ("device", "local_allreduce_device")  # on a GPU, if the first value is there
+_NCCL = "nccl"
+_ON_GPUS = ("dist_device_sync", "dist_sync_device")
 _ASYNC = "dist_async"
 _ASYNCS = (_ASYNC, "dist_async_device")
-_DISTRIBUTED = ("dist", "dist_sync", *_ASYNCS)
+_DISTRIBUTED = ("dist", "dist_sync", *_ON_GPUS, *_ASYNCS)
 _CREATE_LIMIT_S = 300.0
 _ALWAYS = "always"
 _NEEDS_THREADS = (
@@ -54,8 +60,11 @@ _Name = Literal[
     "local_allreduce_cpu",
     "device",
     "local_allreduce_device",
+    "nccl",
     "dist",
     "dist_sync",
+    "dist_device_sync",
+    "dist_sync_device",
     "dist_async",
     "dist_async_device",
 ]
@@ -108,9 +117,13 @@ def create(
     Parameters
     ----------
     name : str, default 'local'
-        Of any case. ``'local'``, ``'local_update_cpu'``, ``'local_allreduce_cpu'``,
-        ``'device'``, ``'local_allreduce_device'``: one process, no MPI needed.
+        Of any case. ``'local'``, ``'local_update_cpu'``, ``'local_allreduce_cpu'``: one
+        process, no MPI needed. ``'device'``, ``'local_allreduce_device'``: the same, but if the
+        first value that is initialised lies on a GPU, all values do, and sums and updates are
+        done there. ``'nccl'``: the same, on a GPU in any case.
         ``'dist'``, ``'dist_sync'``: all ranks of `comm`, which all must call this.
+        ``'dist_device_sync'``, ``'dist_sync_device'``: the same, with a GPU a rank, on which
+        its values lie; sums go by NCCL within a host, and by MPI between hosts.
         ``'dist_async'``, ``'dist_async_device'``: the same, but a push does not wait for
         other ranks. It is applied when all have come to it, in the order of the pushes, so
         that all replicas pass through the same versions; a pull gives the version that is
@@ -184,7 +197,7 @@ def create(
         if any((*asked, *(option is not None for option in given))):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
-    if kind not in _LOCAL + _DISTRIBUTED:
+    if kind not in (*_LOCAL, *_ON_DEVICES, _NCCL, *_DISTRIBUTED):
         known = ", ".join([*OWN_NAMES, *registered()])
         raise ArgumentError(f"unknown type of store {name!r}: known are {known}")
     if not isinstance(reproducible, (bool, np.bool_)):
@@ -206,14 +219,31 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
+        if kind in _ON_GPUS and (overlap or elastic):
+            raise ArgumentError(
+                f"overlap and elastic go with stores on the host: a push of {kind!r} returns while "
+                "the GPU works in any case"
+            )
         options = _Options(
-            bool(reproducible), overlap, late, bool(elastic), verify_every or 0, watchdog
+            bool(reproducible),
+            overlap,
+            late,
+            bool(elastic),
+            verify_every or 0,
+            watchdog,
+            kind in _ON_GPUS,
         )
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
     testing.arm(os.environ)
-    return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
+    borders: Callable[[object], GpuBorder | None] | None = None
+    if kind == _NCCL:
+        on_gpus.find()  # what is missing is said here, not at the first init
+        borders = on_gpus.border_with_nccl
+    elif kind in _ON_DEVICES:
+        borders = on_gpus.border_of
+    return KVStore(kind, AloneTransport(), Alone(), one_thread=False, borders=borders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +300,7 @@ class _Options:
     elastic: bool
     verify_every: int
     watchdog: bool | Watchdog
+    is_on_gpus: bool = False
 
     def settled(self, ranks: AcrossRanks) -> tuple[Call, Watchdog | None]:
         """Say what to agree on, and how the store is watched; the environment may say otherwise."""
@@ -281,7 +312,8 @@ class _Options:
         return Call(f"create({words})", digest("create", words, *_VERSIONS)), settings
 
     def __str__(self) -> str:
-        kind = "dist_sync" if self.staleness is None else _ASYNC
+        kind = _ON_GPUS[0] if self.is_on_gpus else "dist_sync"
+        kind = kind if self.staleness is None else _ASYNC
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
         late = "" if self.staleness is None else f", staleness={self.staleness}"
         elastic = ", elastic=True" if self.elastic else ""
@@ -319,9 +351,17 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s, link.losses)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
-        transport = transport_for(
-            own, link.topology, link.losses, tree=options.reproducible, patient=patient
-        )
+        transport: Transport
+        border, beside = None, None
+        if options.is_on_gpus:
+            transport, border = on_gpus.join(
+                own, link.topology, link.losses, tree=options.reproducible
+            )
+            beside = transport.beside
+        else:
+            transport = transport_for(
+                own, link.topology, link.losses, tree=options.reproducible, patient=patient
+            )
         its_link = _async_link(own, link) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
@@ -335,6 +375,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             verify_every=options.verify_every,
             apart=options.elastic,
             recovering=partial(_recover, link, limit_s),
+            border=border,
+            host_transport=beside,
         )
         watched = partial(_watch, store, link, its_link, settings, is_world=world is not None)
         watched()
@@ -348,7 +390,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         store, link.n_made, tree=options.reproducible, patient=patient, is_late=is_async
     )
     _open_stores.append(_Open(survivor, its_link, watched))
-    if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
+    is_told = transport.topology.rank == 0 and border is None and not options.reproducible
+    if is_told and lacks_shared_memory(transport):
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
@@ -453,6 +496,7 @@ def _leave_all() -> None:
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
     patrol.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    on_gpus.end_all()
     patrol.stop()
     if not _links:
         return

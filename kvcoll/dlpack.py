@@ -7,12 +7,13 @@ what it holds when the capsule goes; the layouts are those of dlpack.h, version 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import MissingDependencyError
+from .errors import ArrayError, MissingDependencyError
 
 _LEGACY, _VERSIONED = b"dltensor", b"dltensor_versioned"
 _BFLOAT_CODE, _BFLOAT_BITS = 4, 16
@@ -45,17 +46,78 @@ class _Versioned(ctypes.Structure):
     )
 
 
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """What a DLPack producer says of memory that NumPy cannot read.
+
+    Attributes
+    ----------
+    address : int
+    dtype : numpy.dtype
+    shape, strides : tuple of int
+        Strides in bytes.
+    device : int
+        The number of its GPU.
+    is_read_only : bool
+        Whether its producer says that it must not be written.
+    capsule : object
+        Keeps the memory.
+    """
+
+    address: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: int
+    is_read_only: bool
+    capsule: object
+
+
+def device_tensor(producer: Any, stream: int) -> DeviceTensor:
+    """Ask a producer for an array on a GPU, to be used on a stream from now on.
+
+    Raises
+    ------
+    ArrayError
+        It is of a dtype that kvcoll does not know, or the producer refuses.
+    MissingDependencyError
+        It is of bfloat16, and ml_dtypes is not installed.
+    """
+    try:
+        try:
+            capsule = producer.__dlpack__(stream=stream, max_version=(1, 0))
+        except TypeError:
+            capsule = producer.__dlpack__(stream=stream)  # older than DLPack 1.0
+    except (BufferError, RuntimeError) as error:
+        name = type(producer).__name__
+        raise ArrayError(f"{name} cannot be read by DLPack: {error}") from error
+    tensor = _tensor_of(capsule)
+    kind = _CODES.get(tensor.code, "")
+    if not kind or tensor.lanes != 1:
+        raise ArrayError(
+            f"{type(producer).__name__} has elements of DLPack type {tensor.code}, {tensor.bits} "
+            "bits: kvcoll takes floats, integers, bools and complex numbers"
+        )
+    dtype = extension_dtype("bfloat16") if kind == "bfloat" else np.dtype("?")
+    if kind not in ("bfloat", "bool"):
+        dtype = np.dtype(f"{kind}{tensor.bits}")
+    shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
+    address = (tensor.data or 0) + tensor.byte_offset
+    strides = _strides(tensor, shape)
+    fixed = _is_fixed(capsule)
+    return DeviceTensor(address, dtype, shape, strides, tensor.device_id, fixed, capsule)
+
+
 def is_read_only(producer: Any) -> bool:
     """Say whether the memory of a DLPack producer must not be written.
 
     A capsule from before DLPack 1.0 cannot say it, and NumPy marks what comes from one
     read-only to be on the safe side; so the producer is asked for a capsule that can.
     """
-    capsule = _capsule(producer)
-    if not _is_versioned(capsule):
-        return False
-    told = _Versioned.from_address(_address(capsule, _VERSIONED))
-    return bool(told.flags & _FLAG_READ_ONLY)
+    return _is_fixed(_capsule(producer))
 
 
 def bfloat16_array(producer: Any) -> npt.NDArray[Any] | None:
@@ -73,10 +135,7 @@ def bfloat16_array(producer: Any) -> npt.NDArray[Any] | None:
         ml_dtypes is not installed.
     """
     capsule = _capsule(producer)
-    if _is_versioned(capsule):
-        tensor = _Versioned.from_address(_address(capsule, _VERSIONED)).tensor
-    else:
-        tensor = _Tensor.from_address(_address(capsule, _LEGACY))
+    tensor = _tensor_of(capsule)
     if (tensor.code, tensor.bits, tensor.lanes) != (_BFLOAT_CODE, _BFLOAT_BITS, 1):
         return None
     dtype = extension_dtype("bfloat16")
@@ -130,6 +189,21 @@ def _capsule(producer: Any) -> Any:
         return producer.__dlpack__(max_version=(1, 0))
     except TypeError:
         return producer.__dlpack__()  # older than DLPack 1.0
+
+
+def _is_fixed(capsule: Any) -> bool:
+    if not _is_versioned(capsule):
+        return False
+    told = _Versioned.from_address(_address(capsule, _VERSIONED))
+    return bool(told.flags & _FLAG_READ_ONLY)
+
+
+def _tensor_of(capsule: Any) -> _Tensor:
+    """Look into a capsule; what is seen is there as long as the capsule."""
+    if _is_versioned(capsule):
+        tensor: _Tensor = _Versioned.from_address(_address(capsule, _VERSIONED)).tensor
+        return tensor
+    return _Tensor.from_address(_address(capsule, _LEGACY))
 
 
 def _is_versioned(capsule: Any) -> bool:

@@ -21,6 +21,7 @@ from .compression import Compression
 from .compressor import Compressor
 from .errors import UpdaterError, WaitEndedError, text_of
 from .packing import as_flat, pack_into, wants_wide
+from .place import HOST, Place
 from .replica import Chunk, Entry
 from .rows import sum_rows
 from .schema import Spec
@@ -89,6 +90,8 @@ class Engine:
         The same, counted as finely as pushes may be interrupted.
     is_whole : bool
         Whether the replica holds that, and not a part of what comes next.
+    home : Place, optional
+        Where values lie and are summed; to be set anew only while there are none.
     """
 
     def __init__(
@@ -98,9 +101,11 @@ class Engine:
         *,
         tree: bool = False,
         apart: bool = False,
+        home: Place = HOST,
     ) -> None:
         self._transport = transport
         self._tree, self.apart = tree, apart
+        self.home = home
         self._order = order_of(transport.topology.hosts, tree=tree)
         self._agreement = agreement
         self.version = self.steps = 0
@@ -221,7 +226,7 @@ class Engine:
         own = [*self._scratch.values(), *self._apart.values()]
         own += [window.own for window in self._values.values()]
         for arrays in values:
-            arrays[:] = [_without_a_share_in(own, array) for array in arrays]
+            arrays[:] = [self._without_a_share_in(own, array) for array in arrays]
 
     def _take_memory(self, push: Push, updater: Updater) -> None:
         updater.prepare(push.buckets)
@@ -257,7 +262,7 @@ class Engine:
         """Take the memory that `open_windows` may need."""
         new = {entry.chunk: entry.chunk.flat for entry in entries}
         return {
-            chunk: np.empty(flat.size, flat.dtype)
+            chunk: self.home.empty(flat.size, flat.dtype)
             for chunk, flat in new.items()
             if chunk not in self._windows
         }
@@ -467,7 +472,11 @@ class Engine:
 
     def without_a_share(self, array: Array) -> Array:
         """Give an array that shares no memory with those that `open_windows` gave."""
-        return _without_a_share_in([window.own for window in self._windows.values()], array)
+        return self._without_a_share_in([w.own for w in self._windows.values()], array)
+
+    def _without_a_share_in(self, own: list[Array], array: Array) -> Array:
+        home = self.home
+        return home.clone(array) if any(home.share_memory(array, o) for o in own) else array
 
     def close(self) -> None:
         """Let go of all memory."""
@@ -489,7 +498,7 @@ class Engine:
 
     def _reserve(self, dtype: DType, n_elements: int, *, unless: bool) -> None:
         if not unless and (dtype not in self._scratch or self._scratch[dtype].size < n_elements):
-            self._scratch[dtype] = np.empty(n_elements, dtype)
+            self._scratch[dtype] = self.home.empty(n_elements, dtype)
 
     def _run(self, bucket: Bucket, values: list[list[Array]], updater: Updater, flags: int) -> None:
         """Sum and update one bucket, a piece at a time where the updater allows it."""
@@ -498,6 +507,8 @@ class Engine:
             updater.begin(bucket)(0, bucket.n_elements, total)
         elif self._compressor is not None:
             self._compressor.sum(bucket, self._compressor.packed(bucket), updater.begin(bucket))
+        elif self._needs_no_sum(bucket, values):
+            self._update_each(bucket, values, updater.begin(bucket))
         elif updater.assigns and not flags & _PLAIN:
             for run in bucket.runs:
                 if run.start < run.stop:
@@ -508,6 +519,23 @@ class Engine:
             self._assign(bucket, values, flags)
         else:
             self._sum_pieces(bucket, values, flags, updater.begin(bucket))
+
+    def _needs_no_sum(self, bucket: Bucket, values: list[list[Array]]) -> bool:
+        """Say whether values on a GPU are the sum already, each where it lies."""
+        if self.home.is_host or self._transport.topology.size > 1:
+            return False
+        own = values[bucket.first : bucket.last]
+        return all(
+            len(arrays) == 1 and arrays[0].dtype == bucket.dtype and self.home.is_flat(arrays[0])
+            for arrays in own
+        )
+
+    def _update_each(self, bucket: Bucket, values: list[list[Array]], sink: Sink) -> None:
+        """Update a bucket from the arrays pushed, without packing them: one launch."""
+        with self.home.joined():
+            for _, position, start, stop in bucket.members:
+                if start < stop:
+                    sink(start, stop, values[position][0].reshape(-1))
 
     def _assign(self, bucket: Bucket, values: list[list[Array]], flags: int) -> None:
         """Sum one bucket where its values lie."""
@@ -559,12 +587,12 @@ class Engine:
         dtype = self.packed_dtype(bucket, flags)
         if dtype is not bucket.dtype:
             packed = self._scratch[dtype]
-        flat = as_flat(bucket, values, dtype)
+        flat = as_flat(bucket, values, dtype, self.home)
         if flat is not None:
             return flat
         if packed.size > bucket.n_elements:
             packed = packed[: bucket.n_elements]
-        pack_into(bucket, values, packed)
+        pack_into(bucket, values, packed, self.home)
         return packed
 
     def mend(
@@ -624,10 +652,6 @@ def _spread_elements(bucket: Bucket, updater: Updater) -> int:
 
 def _update(updater: Updater, bucket: Bucket, total: Array) -> None:
     updater.begin(bucket)(0, bucket.n_elements, total)
-
-
-def _without_a_share_in(own: list[Array], array: Array) -> Array:
-    return array.copy() if any(np.may_share_memory(array, o) for o in own) else array
 
 
 def _sums_in_place(bucket: Bucket, updater: Updater) -> bool:

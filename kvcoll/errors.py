@@ -109,6 +109,14 @@ class ThreadError(KVCollError, RuntimeError):
     """A second thread of a rank calls a distributed store."""
 
 
+class DeviceError(KVCollError, RuntimeError):
+    """No GPU, too few, one too many for it, or one that does not do what it must."""
+
+
+class CollectiveError(RankFailedError):
+    """A transfer among GPUs that failed or stalled."""
+
+
 class MissingDependencyError(KVCollError, ImportError):
     """A library that the store needs is not installed."""
 

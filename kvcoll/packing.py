@@ -8,6 +8,7 @@ import numpy as np
 
 from .arrays import Array, DType, sum_in_order
 from .bucket import Bucket
+from .place import HOST, Place
 from .replica import Entry
 
 
@@ -20,17 +21,21 @@ def wants_wide(entries: Sequence[Entry], values: list[list[Array]]) -> bool:
     )
 
 
-def as_flat(bucket: Bucket, values: list[list[Array]], dtype: DType) -> Array | None:
+def as_flat(
+    bucket: Bucket, values: list[list[Array]], dtype: DType, place: Place = HOST
+) -> Array | None:
     """Give what is pushed as one flat array of a dtype without a copy, if that can be."""
     if len(bucket.members) > 1:
         return None
     arrays = values[bucket.members[0].position]
     first = arrays[0]
-    is_flat = len(arrays) == 1 and first.dtype == dtype and first.flags.c_contiguous
+    is_flat = len(arrays) == 1 and first.dtype == dtype and place.is_flat(first)
     return first.reshape(-1) if is_flat else None
 
 
-def pack_into(bucket: Bucket, values: list[list[Array]], packed: Array) -> None:
+def pack_into(
+    bucket: Bucket, values: list[list[Array]], packed: Array, place: Place = HOST
+) -> None:
     """Sum each key's list of values into its place in a flat array.
 
     Parameters
@@ -40,7 +45,13 @@ def pack_into(bucket: Bucket, values: list[list[Array]], packed: Array) -> None:
         For each key of the push that the bucket is of.
     packed : numpy.ndarray, shape (bucket.n_elements,)
         Of the bucket's dtype, or of the one in which its sums are taken.
+    place : Place, optional
+        Where all of them lie.
     """
+    if not place.is_host:
+        lists = [values[member.position] for member in bucket.members]
+        place.add_lists(lists, [packed[member.start : member.stop] for member in bucket.members])
+        return
     singles = [arrays[0] for arrays in values[bucket.first : bucket.last] if len(arrays) == 1]
     with np.errstate(all="ignore"):  # a cast that overflows may not raise on one rank alone
         if len(singles) == len(bucket.members):

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-import numpy as np
-
 from .arrays import Array, DType
+from .place import HOST, Place
 from .schema import Key, Spec
 from .sparse import Rows
 
@@ -38,8 +37,8 @@ class Chunk:
         How many elements belong to keys, from the first on.
     """
 
-    def __init__(self, dtype: DType, capacity: int) -> None:
-        self.flat: Array = np.empty(capacity, dtype)
+    def __init__(self, dtype: DType, capacity: int, place: Place = HOST) -> None:
+        self.flat: Array = place.empty(capacity, dtype)
         self.used = 0
 
 
@@ -73,9 +72,16 @@ class Entry:
 
 @final
 class Replica:
-    """The values of all keys of one store on one rank."""
+    """The values of all keys of one store on one rank.
 
-    def __init__(self, chunk_bytes: int = _CHUNK_BYTES) -> None:
+    Attributes
+    ----------
+    place : Place
+        Where they lie; to be set while there are none.
+    """
+
+    def __init__(self, chunk_bytes: int = _CHUNK_BYTES, place: Place = HOST) -> None:
+        self.place = place
         self.entries: dict[Key, Entry] = {}
         self._chunk_bytes = chunk_bytes
         self._open: dict[DType, Chunk] = {}
@@ -120,7 +126,7 @@ class Replica:
             if isinstance(value, Rows):
                 value.write_to(entry.value)
             else:
-                np.copyto(entry.value, value, casting="unsafe")
+                self.place.copy(value, entry.value)
             self.entries[entry.spec.key] = entry
             self._open[entry.spec.dtype] = entry.chunk
             entry.chunk.used = entry.stop
@@ -141,4 +147,4 @@ class Replica:
         if chunk is not None and chunk.flat.size - chunk.used >= n_elements:
             return chunk
         grown = min(max(self._chunk_bytes, self._n_bytes), _LARGEST_CHUNK_BYTES)
-        return Chunk(dtype, max(n_elements, grown // dtype.itemsize))
+        return Chunk(dtype, max(n_elements, grown // dtype.itemsize), self.place)

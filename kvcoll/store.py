@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
 
@@ -43,7 +43,8 @@ from .files import as_path
 from .guard import Guard, Reading
 from .history import History
 from .launch import InLine, Launch
-from .outputs import Output, checked_outputs, fill
+from .outputs import checked_outputs, fill
+from .place import HOST
 from .recovery import Left, Recoverable, Standing
 from .replica import Entry, Replica
 from .row_pull import row_sparse_pull
@@ -57,8 +58,12 @@ from .schema import (
     show_keys,
 )
 from .sparse import Rows, RowSparse
+from .transport.alone import AloneTransport
 from .transport.contract import Transport
 from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
+
+if TYPE_CHECKING:
+    from .gpu_border import GpuBorder  # loads what only GPUs need
 
 _NO_OUTPUT = object()
 _NO_VALUE = object()
@@ -151,6 +156,13 @@ class KVStore(KVStoreBase):
         Whether sums are complete before a stored value is touched.
     recovering : callable, optional
         Brings all stores that share the ranks, this one included, to those that are left.
+    border : GpuBorder, optional
+        Of a store whose values lie on a GPU: the transport is one for arrays there.
+    host_transport : Transport, optional
+        Then, for what comes from files; by default the same.
+    borders : callable, optional
+        Of a store in one process: gives for the first value of `init` the border of the GPU
+        on which it lies, or None.
     """
 
     def __init__(
@@ -165,9 +177,13 @@ class KVStore(KVStoreBase):
         verify_every: int = 0,
         apart: bool = False,
         recovering: Callable[[], None] | None = None,
+        border: GpuBorder | None = None,
+        host_transport: Transport | None = None,
+        borders: Callable[[object], GpuBorder | None] | None = None,
     ) -> None:
         self._type = type_
-        self._transport = transport
+        self._transport = transport if host_transport is None else host_transport
+        self._sums = transport
         self._topology = transport.topology
         self._agreement = agreement
         self._engine = Engine(transport, agreement, tree=tree, apart=apart)
@@ -183,14 +199,18 @@ class KVStore(KVStoreBase):
         self._verify_every = verify_every
         if verify_every > 1:  # else a comparison itself says which push it was
             self._launch.history = History(lambda: self._version + 1)
-        self._verifier = verify.Verifier(transport, agreement, self._launch.history)
-        self._checkpoints = Checkpoints(transport, agreement, self._checked)
+        self._verifier = verify.Verifier(self._transport, agreement, self._launch.history)
+        self._checkpoints = Checkpoints(self._transport, agreement, self._checked)
         self._guard = Guard(
             one_thread=one_thread,
             beside=(lambda: self._launch.ident) if self._launch.is_beside else None,
             ended=lambda: self._agreement.ended or self._launch.ended,
         )
         self._reading = Reading(self._guard)
+        self._border: GpuBorder | None = None
+        self._borders = borders
+        if border is not None:
+            self._settle(border)
 
     # What the store is ------------------------------------------------------------
 
@@ -356,6 +376,8 @@ KeyKindError, ArrayError
                     f"{plan.row_sparse}: pull all of it with ignore_sparse=False, "
                     "or some rows with row_sparse_pull"
                 )
+            if self._border is not None:
+                return self._border.pull(plan.given, plan.is_list, out)
             if self._launch.is_in_line:
                 return _pull(plan, out)
             self._launch.wait(plan.given, to_read=True)
@@ -398,6 +420,8 @@ KeyKindError, ArrayError
         Cost: in proportion to the rows.
         """
         with self._reading:
+            if self._border is not None:
+                self._border.refuse_rows()
             plan = self._plan(key)
             self._launch.wait(plan.given, to_read=True)
             with self._launch.reading:
@@ -482,6 +506,9 @@ KeyKindError, ArrayError
         with self._guard:
             adopted: list[Array] = []
             plan, own = self._own_arrays("adopt", key, adopted, value)
+            if self._border is not None:
+                self._border.copy(adopted, own)
+                return own if plan.is_list else own[0]
             for array, given in zip(own, adopted, strict=True):
                 if given is not array:
                     round_to(given, array)
@@ -509,10 +536,13 @@ KeyKindError, ArrayError
         """
         with self._reading:
             plan = self._plan(key)
+            self._has_lent = True
+            if self._border is not None:
+                lent = self._border.shown([entry.value for entry in plan.given])
+                return lent if plan.is_list else lent[0]
             views = [entry.value.view() for entry in plan.given]
             for shown in views:
                 shown.flags.writeable = False
-            self._has_lent = True
             return views if plan.is_list else views[0]
 
     def wait(self, key: Any = None) -> None:
@@ -567,7 +597,7 @@ KeyKindError, ArrayError
             outputs = self._push(key, value, priority, out)
             self._launch.wait(self._plan(key).given, to_read=True)
             with self._launch.reading:
-                fill(outputs)
+                self._fill(outputs)
         return out
 
     def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> Any:
@@ -593,7 +623,7 @@ KeyKindError, ArrayError
             As `init` and `pull` do.
         """
         with self._guard:
-            fill(self._init(key, value, out))
+            self._fill(self._init(key, value, out))
         return out
 
     # Updates ----------------------------------------------------------------------
@@ -620,7 +650,7 @@ KeyKindError, ArrayError
                 if not callable(updater):
                     raise TypeError(f"an updater must be callable, got {type(updater).__name__}")
             self._agreement.confirm(_SET_UPDATER)
-            self._updater = Custom(updater)
+            self._updater = self._here(Custom(updater))
             self._has_lent = True
 
     def _set_updater(self, updater: UpdateFunction) -> None:
@@ -650,7 +680,7 @@ KeyKindError, ArrayError
                 name = f"set_optimizer({updater.describe()})"
                 call = Call(name, digest("set_optimizer", updater.digest(())))
             self._agreement.confirm(call)
-            self._updater = updater
+            self._updater = self._here(updater)
 
     def save_optimizer_states(self, fname: Any, dump_optimizer: bool = False) -> None:
         """Write the optimizer's states to a file; called by all ranks, written by rank 0.
@@ -687,8 +717,8 @@ KeyKindError, ArrayError
         with self._guard:
             name = "save_optimizer_states()"
             with self._checked(name):
-                path, entries = as_path(fname), self._replica.entries
-                saving = states.Saving(self._updater, entries, dump_optimizer=dump_optimizer)
+                path, (entries, updater) = as_path(fname), self._at_host()
+                saving = states.Saving(updater, entries, dump_optimizer=dump_optimizer)
             self._agreement.confirm(Call(name, digest(name, bool(dump_optimizer))))
             with self._checked(name):
                 if self.rank == 0:
@@ -735,17 +765,21 @@ KeyKindError, ArrayError
                 path = as_path(fname)
             self._agreement.confirm(_LOAD_STATES)
             with self._checked(name):
+                entries, updater = self._at_host()
                 if self.rank == 0:
-                    draft = states.read(path, self._updater, self._replica.entries)
+                    draft = states.read(path, updater, entries)
             self._agreement.confirm(_FILE_READ)
             text = self._agreement.tell(draft.text if draft else "")[0]
             with self._checked(name):
                 if draft is None:
-                    draft = states.Draft(path, text, self._updater, self._replica.entries)
+                    draft = states.Draft(path, text, updater, entries)
             self._agreement.confirm(_MEMORY_TAKEN)
             for array in draft.arrays:
                 self._transport.broadcast(array)
             self._updater = draft.apply()
+            if self._border is not None:
+                known = self._replica.entries
+                self._updater = self._border.take_updater(entries, known, self._updater)
             self._plans.clear()  # they hold the states of before
 
     def set_gradient_compression(self, compression_params: Mapping[str, Any]) -> None:
@@ -783,6 +817,11 @@ KeyKindError, ArrayError
         with self._guard:
             with self._checked("set_gradient_compression()"):
                 compression = parse(compression_params)
+                if self._border is not None and compression is not None:
+                    raise ArgumentError(
+                        "gradients on a GPU travel as they are: compress those of a store on the "
+                        "host ('dist_sync')"
+                    )
                 drafted = None
                 if compression is not None:
                     specs = [entry.spec for entry in self._replica.entries.values()]
@@ -979,7 +1018,8 @@ KeyKindError, ArrayError
             try:
                 if is_new:
                     self._init(list(loading.manifest.keys), loading.first_values)
-                loaded = loading.read(self._contents(), in_place=is_new)
+                contents = self._contents()
+                loaded = loading.read(contents, in_place=is_new)
                 compressor = loading.together.do(lambda: self._restored_compressor(loaded))
             except BaseException:
                 if is_new:
@@ -990,6 +1030,9 @@ KeyKindError, ArrayError
             with self._launch.reading:
                 self._updater, self._version, checkpoint = loaded.apply()
                 self._engine.version = self._version
+                if self._border is not None:
+                    known = self._replica.entries
+                    self._updater = self._border.take_back(contents.entries, known, self._updater)
             self._engine.restore(compressor, is_on=loaded.is_compressed)
             self._verifier.trust(self._version)
             self._plans.clear()  # they hold the states of before
@@ -1159,7 +1202,7 @@ KeyKindError, ArrayError
             self._guard.closed = "close() was called"
             self._give_back()
             if not self._agreement.ended:
-                self._transport.close()
+                self._sums.close()
             if failure is not None:
                 raise failure
 
@@ -1244,9 +1287,42 @@ KeyKindError, ArrayError
         except BaseException as error:  # nobody is there any more to raise it for
             print(f"kvcoll: pushes were not completed: {text_of(error)}", file=sys.stderr)
 
+    def _settle(self, border: GpuBorder | None) -> None:
+        """Let values lie on a GPU, or on the host, from now on; there are none yet."""
+        self._border = border
+        place = HOST if border is None else border.place
+        self._engine.home = self._replica.place = place
+        if isinstance(self._sums, AloneTransport):
+            self._sums.place = place
+        self._here(self._updater)
+        self._plans.clear()
+
+    def _here(self, updater: Updater) -> Updater:
+        """Let an updater work where the values lie."""
+        updater.place = self._engine.home
+        return updater
+
+    def _at_host(self) -> tuple[Mapping[Key, Entry], Updater]:
+        """Give keys and updater for files: copies, if they lie on a GPU."""
+        entries, updater = self._replica.entries, self._updater
+        return (
+            (entries, updater) if self._border is None else self._border.at_host(entries, updater)
+        )
+
+    def _fill(self, outputs: list[Any]) -> None:
+        if self._border is None:
+            fill(outputs)
+        else:
+            self._border.fill(outputs)
+
+    def _checked_outputs(self, given: Sequence[Entry], is_list: bool, out: Any) -> list[Any]:
+        if self._border is not None:
+            return self._border.outputs(given, is_list, out)
+        return checked_outputs(given, is_list, out)
+
     def _contents(self) -> Contents:
         """Show what a checkpoint holds; residuals are this rank's own."""
-        entries, updater = self._replica.entries, self._updater
+        entries, updater = self._at_host()
         about = {"type": self._type, "num_hosts": str(self.num_hosts), "numpy": np.__version__}
         about["updater"] = updater.describe()
         compressor, is_on = self._engine.compressor
@@ -1272,15 +1348,17 @@ KeyKindError, ArrayError
         self._launch.stop()
         self._engine.close()
 
-    def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[Output]:
+    def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[Any]:
         with self._checked("init()"):
+            if self._borders is not None and not self._replica.entries:
+                self._settle(self._borders(value))
             specs, values, is_list = self._new_values(key, value)
             drafted = self._replica.draft(specs)
             items = [str(spec) for spec in specs]
             call = Call(f"init({_shown(specs)})", digest("init", *items), items)
             by_key = {entry.spec.key: entry for entry in drafted}
             given = [by_key[k] for k in (as_keys(key)[0])]
-            outputs = [] if out is _NO_OUTPUT else checked_outputs(given, is_list, out)
+            outputs = [] if out is _NO_OUTPUT else self._checked_outputs(given, is_list, out)
         self._agreement.confirm(call)
         try:
             self._engine.place(drafted)
@@ -1290,6 +1368,8 @@ KeyKindError, ArrayError
             kept = self._replica.entries
             self._replica.drop([entry.spec.key for entry in drafted if entry.spec.key in kept])
             raise
+        if self._border is not None and not outputs:  # else what fills them ends it
+            self._border.end()
         if drafted:
             self._kind = builtins.type(drafted[0].spec.key)
         return outputs
@@ -1305,7 +1385,9 @@ KeyKindError, ArrayError
             call = Call(f"{name}{plan.push.call.name[4:]}", digest(name, plan.push.call.digest))
             drafted = self._engine.draft_windows(plan.given)
         self._agreement.confirm(call)
-        arrays = self._engine.open_windows(plan.given, drafted)
+        arrays: list[Any] = self._engine.open_windows(plan.given, drafted)
+        if self._border is not None:
+            arrays = self._border.shown(arrays)
         for entry, array in zip(plan.given, arrays, strict=True):
             self._own.setdefault(entry.spec.key, array)
         self._plans.clear()
@@ -1326,10 +1408,10 @@ KeyKindError, ArrayError
                     f"key {key!r}: adopt takes one array, or a list of one, got {len(given)}"
                 )
             own = self._own.get(key)
-            if own is not None and given[0] is own:
+            if own is not None and given[0] is own and self._border is None:
                 adoptable.append(own)
                 continue
-            array = as_array(given[0])
+            array = as_array(given[0]) if self._border is None else self._border.read(given[0])
             entry.spec.check_pushed(array, "adopted")
             adoptable.append(self._engine.without_a_share(array))
         return adoptable
@@ -1339,6 +1421,8 @@ KeyKindError, ArrayError
         keys, is_list = as_keys(key)
         require_one_kind(keys, self._kind)
         known = self._replica.entries
+        border = self._border
+        first_value = by_rows.first_value if border is None else border.first_value
         seen: set[Key] = set()
         for k in keys:
             if k in known:
@@ -1353,13 +1437,13 @@ KeyKindError, ArrayError
                 raise ArgumentError(
                     f"key {k!r}: init takes one value, or a list of one, got {len(entries)}"
                 )
-            new.append(by_rows.first_value(k, entries[0], order))
+            new.append(first_value(k, entries[0], order))
         new.sort(key=lambda pair: pair[0].update_rank)
         return [spec for spec, _ in new], [array for _, array in new], is_list
 
     def _push(
         self, key: Any, value: Any, priority: int, out: Any = _NO_OUTPUT, *, spared: bool = False
-    ) -> list[Output]:
+    ) -> list[Any]:
         if self._guard.inside:
             raise self._guard.nested()
         if faults.armed is not None and not spared:
@@ -1371,10 +1455,17 @@ KeyKindError, ArrayError
             if builtins.type(priority) is not int:
                 priority = _as_priority(priority)
             is_own = plan.is_own(value)
-            values, rows = (plan.own_values, {}) if is_own else _pushed_values(plan, value)
-            outputs: list[Output] = []
-            if out is not _NO_OUTPUT:
-                outputs = checked_outputs(plan.given, plan.is_list, out, takes_rows=True)
+            outputs: list[Any] = []
+            rows: dict[int, list[RowSparse]] = {}
+            if self._border is not None:
+                values = self._border.pushed(plan.given, plan.is_list, plan.places, value)
+                is_own = False
+                if out is not _NO_OUTPUT:
+                    outputs = self._border.outputs(plan.given, plan.is_list, out)
+            else:
+                values, rows = (plan.own_values, rows) if is_own else _pushed_values(plan, value)
+                if out is not _NO_OUTPUT:
+                    outputs = checked_outputs(plan.given, plan.is_list, out, takes_rows=True)
             push = plan.push
             ready: list[Rows] = []
             if rows:
@@ -1388,6 +1479,8 @@ KeyKindError, ArrayError
         self._launch.push(
             push, values, updater, call, plain=not is_own, priority=priority, rows=ready
         )
+        if self._border is not None and not outputs:
+            self._border.end()
         self._version += 1
         if self._verify_every and self._version % self._verify_every == 0:
             self._verify(None)
@@ -1395,7 +1488,7 @@ KeyKindError, ArrayError
 
     def _push_with(
         self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
-    ) -> list[Output]:
+    ) -> list[Any]:
         """Push where faults wait, which may change it."""
         push = faults.Push(self.rank, self._version + 1, key)
         value, is_made = armed.before_push(push, value)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, final
 
-import numpy as np
-
 from .arrays import Array, wide
 from .bucket import Bucket, Member
 from .errors import ArgumentError
 from .optimizer.base import Optimizer
 from .optimizer.step import Factors, Step
+from .place import HOST, Place, Update
 from .replica import Chunk, Entry
 from .schema import Key, digest
 from .sparse import Rows, RowSparse, blocks
@@ -29,6 +28,8 @@ RowsSink: TypeAlias = Callable[[Rows], None]
 class Updater(ABC):
     """Changes stored values in place, given the sum of a push."""
 
+    #: Where values and sums lie.
+    place: Place = HOST
     #: Whether the sum may be written straight into the stored value.
     assigns = False
     #: Whether the user's code runs in it, which may raise on one rank and not on another.
@@ -126,7 +127,8 @@ class Assign(Updater):
                 low, high = max(start, run.start), min(stop, run.stop)
                 if low < high:
                     to = run.chunk_start - run.start
-                    run.chunk.flat[to + low : to + high] = total[low - start : high - start]
+                    stored = run.chunk.flat[to + low : to + high]
+                    self.place.copy(total[low - start : high - start], stored)
 
         return copy
 
@@ -188,9 +190,12 @@ class Custom(Updater):
         """Call the function for each key of the bucket, which comes as a whole."""
 
         def call(start: int, stop: int, total: Array) -> None:
-            for entry, _, low, high in bucket.members:
-                spec = entry.spec
-                self._function(spec.key, total[low:high].reshape(spec.shape), entry.value)
+            lend = self.place.lend
+            with self.place.lending():
+                for entry, _, low, high in bucket.members:
+                    spec = entry.spec
+                    given = lend(total[low:high].reshape(spec.shape))
+                    self._function(spec.key, given, lend(entry.value))
 
         return call
 
@@ -268,7 +273,8 @@ class Optimize(Updater):
             for entry, _, _, _ in bucket.members:
                 if entry.spec.key not in self._counts:
                     if keeps_master:
-                        self._states[entry.chunk][-1][entry.start : entry.stop] = entry.flat
+                        master = self._states[entry.chunk][-1][entry.start : entry.stop]
+                        self.place.copy(entry.flat, master)
                     self._counts[entry.spec.key] = self._optimizer.begin_num_update
 
     def begin(self, bucket: Bucket) -> Sink:
@@ -298,6 +304,7 @@ class Optimize(Updater):
         stop: int,
         total: Array,
     ) -> None:
+        work = []
         for segment in segments:
             low, high = max(start, segment.start), min(stop, segment.stop)
             if low < high:
@@ -305,7 +312,8 @@ class Optimize(Updater):
                 own = slice(at + low, at + high)
                 states = [state[own] for state in self._states[segment.chunk]]
                 grad = total[low - start : high - start]
-                optimizer.update_flat(segment.chunk.flat[own], grad, states, segment.step)
+                work.append(Update(segment.chunk.flat[own], grad, states, segment.step))
+        self.place.update(optimizer, work)
 
     def begin_rows(self, bucket: Bucket) -> RowsSink:
         """Count the update, as `begin` does; only the rows of the sum will be updated."""
@@ -415,13 +423,37 @@ class Optimize(Updater):
     def with_optimizer(self, optimizer: Optimizer) -> Optimize:
         """Give an updater of the same states and counts, and an optimizer of equal settings."""
         own = Optimize(optimizer)
-        own._states, own._counts = self._states, self._counts
+        own.place, own._states, own._counts = self.place, self._states, self._counts
+        return own
+
+    def at(
+        self,
+        place: Place,
+        chunks: Mapping[Chunk, Chunk],
+        copy_to: Callable[[Array, Array], None],
+    ) -> Optimize:
+        """Give an updater of the same optimizer, counts and states, at another place.
+
+        Parameters
+        ----------
+        place : Place
+        chunks : mapping of Chunk to Chunk
+            For each that has states the one of the same keys at that place.
+        copy_to : callable
+            Copies a flat array of this place into one of that place.
+        """
+        own = Optimize(self._optimizer)
+        own.place, own._counts = place, dict(self._counts)
+        for chunk, states in self._states.items():
+            own._make_states(chunks[chunk])
+            for state, other in zip(states, own._states[chunks[chunk]], strict=True):
+                copy_to(state[: chunk.used], other[: chunk.used])
         return own
 
     def _make_states(self, chunk: Chunk) -> None:
         if chunk not in self._states:
             n, dtype = self._optimizer.n_states(chunk.flat.dtype), wide(chunk.flat.dtype)
-            self._states[chunk] = [np.zeros(chunk.flat.size, dtype) for _ in range(n)]
+            self._states[chunk] = [self.place.zeros(chunk.flat.size, dtype) for _ in range(n)]
 
     def _forget_factors(self) -> None:
         """Take note of settings that are no numbers, and of changed factors of keys."""

@@ -5,6 +5,7 @@
     mpirun -np 4 python scripts/train.py --plot curve.png --weights digits.safetensors
     mpirun -np 4 python scripts/train.py --checkpoint run --resume
     mpirun --with-ft ulfm -np 4 python scripts/train.py --elastic
+    mpirun -np 16 python scripts/train.py --kv-store dist_device_sync     # a GPU a rank
 
 Rules of the file:
 
@@ -13,7 +14,8 @@ Rules of the file:
 - A rank pushes the sum over its share of a batch, not the mean: the sum over the ranks is then
   the sum over the batch, and any number of ranks trains along the same curve.
 - `kv` holds the parameters and updates them. `sums` has no updater: what is pushed to it comes
-  back as the sum over the ranks, which serves for losses, hits and digests.
+  back as the sum over the ranks, which serves for losses, hits and digests; it is on the host.
+- Samples and parameters lie on this rank's GPU, if the store is on GPUs; the code is the same.
 
 Exit codes: 0 done; 1 the target accuracy is missed, or replicas differ; 2 a wrong option or
 file; 75 stopped by a signal, with a checkpoint to go on from.
@@ -38,6 +40,7 @@ from typing import NamedTuple, NoReturn
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import train_arrays
 import train_checkpoint
 import train_elastic
 from numpy.typing import NDArray
@@ -59,10 +62,11 @@ WITH_MOMENTUM = ("sgd", "nag", "lars")
 
 
 class Samples(NamedTuple):
-    """Images, one a row, and the digit that each of them shows."""
+    """Images, one a row, and the digit that each of them shows, also as a row of 0 and 1."""
 
     pixels: Floats
     digits: NDArray[np.int64]
+    targets: Floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +89,12 @@ class Epoch:
 def main() -> int:
     """Run the command line; return the exit code, which is the same on every rank."""
     args = parse_args()
-    waits = args.kv_store.lower().replace("dist_async", "dist_sync")  # for sums at once
     with (
         train_checkpoint.Stop(args) as stop,
         kvcoll.create(args.kv_store, overlap=args.overlap, elastic=args.elastic) as kv,
-        kvcoll.create(waits, elastic=args.elastic) as sums,
+        kvcoll.create(train_arrays.beside(args.kv_store), elastic=args.elastic) as sums,
     ):
-        return run(args, kv, sums, stop)
+        return run(args, kv, sums, stop, train_arrays.arrays_for(args.kv_store, kv.local_rank))
 
 
 def run(
@@ -99,6 +102,7 @@ def run(
     kv: kvcoll.KVStore,
     sums: kvcoll.KVStore,
     stop: train_checkpoint.Stop,
+    arrays: train_arrays.Arrays,
 ) -> int:
     """Train, report, prove that all replicas are the same bits, and write the files."""
     train, test = load_samples()
@@ -107,7 +111,10 @@ def run(
 
     say(kv, describe_run(args, kv, params, train, test))
     epochs: list[Epoch] = []
-    for epoch in with_progress_bar(args, kv, fit(args, kv, sums, stop, params, train, test)):
+    here = {name: arrays.put(value) for name, value in params.items()}
+    train, test = (Samples(*map(arrays.put, samples)) for samples in (train, test))
+    steps = fit(args, kv, sums, stop, here, train, test, arrays)
+    for epoch in with_progress_bar(args, kv, steps):
         epochs[epoch.number :] = [epoch]  # once more, if a rank was lost at its end
         if epoch.number % math.ceil(args.epochs / 20) == 0 or epoch.number == args.epochs:
             say(kv, describe_epoch(epoch, len(train.digits)))
@@ -116,6 +123,7 @@ def run(
         return train_checkpoint.STOPPED
     say(kv, describe_end(args, epochs, len(train.digits)))
 
+    params = {name: arrays.at_host(value) for name, value in here.items()}
     digests = gather(sums, "digests", digest(params))
     same = int((digests == digests[0]).all(axis=1).sum())
     shown = digests[0].tobytes()[:8].hex()
@@ -133,6 +141,7 @@ def fit(
     params: Params,
     train: Samples,
     test: Samples,
+    arrays: train_arrays.Arrays,
 ) -> Iterator[Epoch]:
     """Train `params` in place; yield where it stands before the first epoch and after each.
 
@@ -141,7 +150,8 @@ def fit(
     names, values = list(params), list(params.values())
     kv.init(names, values)
     kv.set_optimizer(create_optimizer(args))
-    kv.set_gradient_compression(compression(args))
+    if args.compression != "none":
+        kv.set_gradient_compression(compression(args))
     so_far = train_checkpoint.resume(args, kv)
     epochs = [Epoch(**epoch) for epoch in so_far.epochs]
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
@@ -153,7 +163,7 @@ def fit(
     so_far.epochs = [dataclasses.asdict(epoch) for epoch in epochs]
     while len(so_far.epochs) <= args.epochs:
         try:
-            epoch = train_epoch(args, kv, sums, stop, params, train, test, so_far)
+            epoch = train_epoch(args, kv, sums, stop, params, train, test, so_far, arrays)
             if epoch is None:
                 return
             so_far = train_checkpoint.Progress([*so_far.epochs, dataclasses.asdict(epoch)])
@@ -176,6 +186,7 @@ def train_epoch(
     train: Samples,
     test: Samples,
     so_far: train_checkpoint.Progress,
+    arrays: train_arrays.Arrays,
 ) -> Epoch | None:
     """Train from the store's version to the end of the epoch; return where it stands then.
 
@@ -187,8 +198,8 @@ def train_epoch(
     started_s = perf_counter() - so_far.train_s
     order = list(shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)))
     while kv.version < number * batches:
-        share = order[kv.version % batches][kv.rank :: kv.num_workers]
-        gradients = backward(params, train.pixels[share], train.digits[share])
+        share = arrays.put(order[kv.version % batches][kv.rank :: kv.num_workers])
+        gradients = backward(params, train.pixels[share], train.targets[share])
         pushed_s = perf_counter()
         kv.push(names, [gradients[name] for name in names])
         kv.pull(names, out=values)
@@ -200,6 +211,7 @@ def train_epoch(
             return None
     kv.barrier()  # where pushes are late, they are applied now
     kv.pull(names, out=values)
+    arrays.finish()
     train_s = perf_counter() - started_s
     return Epoch(number, *score(sums, params, train, test), train_s, so_far.store_s)
 
@@ -226,9 +238,9 @@ def score(
     """Return the training loss and the test accuracy; each rank looks at its share of both."""
     mine = slice(sums.rank, None, sums.num_workers)
     log_p = log_softmax(forward(params, train.pixels[mine])[-1])
-    loss = -np.take_along_axis(log_p, train.digits[mine, None], axis=1).sum(dtype=np.float64)
+    loss = -(log_p * train.targets[mine]).sum(dtype=np.float64)
     hits = forward(params, test.pixels[mine])[-1].argmax(axis=1) == test.digits[mine]
-    totals = np.array([loss, hits.sum()])
+    totals = np.array([float(loss), float(hits.sum())])
     sums.pushpull("score", totals)
     return float(totals[0]) / len(train.digits), float(totals[1]) / len(test.digits)
 
@@ -264,7 +276,9 @@ def load_samples() -> tuple[Samples, Samples]:
     pixels, digits = load_digits(return_X_y=True)
     test, train = np.split(np.random.default_rng(0).permutation(len(digits)), [len(digits) // 5])
     pixels = ((pixels - pixels[train].mean()) / pixels[train].std()).astype(np.float32)
-    return Samples(pixels[train], digits[train]), Samples(pixels[test], digits[test])
+    targets = train_arrays.one_hot(digits)
+    own, others = (Samples(pixels[k], digits[k], targets[k]) for k in (train, test))
+    return own, others
 
 
 def shuffled_batches(
@@ -297,11 +311,10 @@ def forward(params: Params, pixels: Floats) -> list[Floats]:
     return flow
 
 
-def backward(params: Params, pixels: Floats, digits: NDArray[np.int64]) -> Params:
+def backward(params: Params, pixels: Floats, targets: Floats) -> Params:
     """Return the gradients of the summed cross-entropy: zeros if there are no samples."""
     flow = forward(params, pixels)
-    delta = np.exp(log_softmax(flow[-1]))
-    delta[np.arange(len(digits)), digits] -= 1
+    delta = np.exp(log_softmax(flow[-1])) - targets
     gradients = {}
     for layer in range(len(params) // 2, 0, -1):
         gradients[f"layer{layer}_weight"] = flow[layer - 1].T @ delta
@@ -517,7 +530,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--kv-store",
         default="dist_sync",
         metavar="TYPE",
-        help=f"type of the store; local needs neither mpirun nor MPI {default}",
+        help="type of the store; local needs neither mpirun nor MPI; dist_device_sync, and nccl "
+        f"without mpirun, train on GPUs {default}",
     )
     add(
         "--epochs",

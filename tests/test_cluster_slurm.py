@@ -84,7 +84,8 @@ def test_each_job_of_an_array_trains_with_a_seed_of_its_own(slurm: Slurm) -> Non
 
 
 def test_the_job_script_for_gpus_starts_a_rank_for_each(slurm: Slurm) -> None:
-    _, curve = trained(slurm, "--cpus-per-task=1", TRAIN_ON_GPUS)
+    # SLURM's GPUs are files here: so the store is one on the host.
+    _, curve = trained(slurm, "--cpus-per-task=1", TRAIN_ON_GPUS, "--kv-store", "dist_sync")
     assert (curve["ranks"], curve["hosts"]) == (4, 2)
     refused = slurm.on_kv1("sbatch", "--gpus-per-node=3", "--cpus-per-task=1", TRAIN_ON_GPUS)
     assert refused.returncode != 0  # nodes have 2: so the GPUs are truly asked for

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -263,3 +264,24 @@ def test_late_and_compressed_pushes_train_to_the_target(
     job = start(2, SCRIPT, "--epochs", "12", "--target-accuracy", "0.95", *options)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "replicas: 2 of 2 the same bits" in job.stdout
+
+
+@pytest.mark.limit(60)
+def test_training_on_gpus_follows_the_curve_of_the_host(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("ml_dtypes")
+    if shutil.which("g++") is None:
+        pytest.skip("kernels of a fake GPU are compiled by g++, and there is none")
+    options = ("--epochs", "2", "--optimizer", "adam", *ANY_ACCURACY, "--json")
+    host, device, folder = tmp_path / "host.json", tmp_path / "gpu.json", tmp_path / "nccl"
+    folder.mkdir()
+    job = start(2, SCRIPT, *options, host)
+    assert job.returncode == 0, job.stderr
+    on_fakes = Path(__file__).with_name("train_on_fakes.py")
+    store = ("--kv-store", "dist_device_sync")
+    job = start(2, on_fakes, folder, *store, *options, device)
+    assert job.returncode == 0, job.stderr
+    assert "store     dist_device_sync, 2 ranks on 1 host" in job.stdout
+    assert "replicas: 2 of 2 the same bits (blake2b " in job.stdout
+    for rank in range(2):
+        assert f"rank {rank} updated on fake GPU {rank}" in job.stdout
+    assert column(device, "loss") == column(host, "loss")  # the same bits

@@ -10,9 +10,10 @@ cache, with scratch arrays given to it, so that no update allocates. It is ufunc
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from threading import get_ident
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from .step import Step as Step  # subclasses of others look for it here
 # of a large key at once; below 8 k the calls into NumPy cost more than they save.
 PIECE_ELEMENTS = 1 << 16
 _N_SCRATCH = 3
+
+_Own = TypeVar("_Own", bound="Optimizer")
 
 
 class Optimizer(Settings):
@@ -163,6 +166,22 @@ class Optimizer(Settings):
         own = wide(dtype), get_ident()
         if own not in self._scratch:
             self._scratch[own] = [np.empty(PIECE_ELEMENTS, own[0]) for _ in range(_N_SCRATCH + 2)]
+
+    def with_scratch(self: _Own, dtype: DType, empty: Callable[[DType], Array]) -> _Own:
+        """Give a copy for updates of arrays that are not NumPy's, with their scratch memory.
+
+        Parameters
+        ----------
+        dtype : numpy.dtype
+            Of the keys that it will update, all in this thread.
+        empty : callable
+            Gives an array of a dtype, as long as a piece is.
+        """
+        own = copy(self)
+        own._scratch = {
+            (wide(dtype), get_ident()): [empty(wide(dtype)) for _ in range(_N_SCRATCH + 2)]
+        }
+        return own
 
     def keeps_master(self, dtype: DType) -> bool:
         """Say whether keys of a dtype have a float32 master copy, the last of their states."""

@@ -38,12 +38,20 @@ class LayerWise(Optimizer):
             for start in range(0, weight.size, PIECE_ELEMENTS):
                 piece = slice(start, start + PIECE_ELEMENTS)
                 states = [array[piece] for array in state]
-                of_weight, of_other = self._measure(
-                    *self._widened(weight[piece], grad[piece], states), step
-                )
-                weight_squares += of_weight
-                other_squares += of_other
-            return self._trust(math.sqrt(weight_squares), math.sqrt(other_squares), step)
+                of_weight, of_other = self.measure(weight[piece], grad[piece], states, step)
+                weight_squares += float(of_weight)
+                other_squares += float(of_other)
+            return self.trust(weight_squares, other_squares, step)
+
+    def measure(
+        self, weight: Array, grad: Array, state: list[Array], step: Step
+    ) -> tuple[float, float]:
+        """Give the sums of squares of a piece, as `_measure` does, in any dtype of keys."""
+        return self._measure(*self._widened(weight, grad, state), step)
+
+    def trust(self, weight_squares: float, other_squares: float, step: Step) -> float:
+        """Give the factor of a key's step, from the sums of all its pieces."""
+        return self._trust(math.sqrt(weight_squares), math.sqrt(other_squares), step)
 
     @abstractmethod
     def _measure(
@@ -66,4 +74,5 @@ def sum_of_squares(array: Array, scratch: Array) -> float:
     BLAS would be quicker, but adds in another order on another machine.
     """
     np.multiply(array, array, out=scratch)
-    return float(np.add.reduce(scratch))
+    total: float = np.add.reduce(scratch)
+    return total

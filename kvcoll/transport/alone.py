@@ -5,30 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
-import numpy as np
-
-from ..arrays import Array, DType, round_to
+from ..arrays import Array, DType
+from ..place import HOST, Place
 from ..topology import Topology
 from .contract import Exchange, Sink, Transport, Window
 
 
 @final
 class AloneTransport(Transport):
-    """One rank: every sum is the rank's own array."""
+    """One rank: every sum is the rank's own array.
 
-    def __init__(self) -> None:
+    Attributes
+    ----------
+    place : Place
+        Where the arrays lie.
+    """
+
+    def __init__(self, place: Place = HOST) -> None:
         self.topology = Topology.alone()
+        self.place = place
 
     def all_reduce(self, source: Array, out: Array) -> None:
         """Copy `source`; rounds where `out` has fewer bits."""
         if source is not out:
-            round_to(source, out)
+            self.place.copy(source, out)
 
     def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
         """Hand over `source` itself, or its rounded copy."""
         if source.dtype != dtype:
-            rounded = np.empty(source.size, dtype)
-            round_to(source, rounded)
+            rounded = self.place.empty(source.size, dtype)
+            self.place.copy(source, rounded)
             source = rounded
         sink(0, source.size, source)
 

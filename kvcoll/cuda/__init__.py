@@ -1,0 +1,1 @@
+"""The ports to GPUs as CuPy fills them."""

@@ -1,0 +1,78 @@
+"""The table of a launch: for each piece of memory its place, its size, and its numbers.
+
+Rules of the file: a row is words of 64 bits: the first tile of its piece, how many elements
+that has, addresses, numbers; tiles of a piece follow one another, and pieces follow as rows do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..arrays import Array
+from ..gpu.kernel import Access, Parameter
+from .prelude import LANES, TILE
+
+TABLE_PARAMETERS = (
+    Parameter("long long", "table", Access.READ),
+    Parameter("long long", "n_rows", Access.VALUE),
+)
+
+
+class Layout(NamedTuple):
+    """What a row holds beside its first tile and its size.
+
+    Attributes
+    ----------
+    n_addresses, n_numbers : int
+    """
+
+    n_addresses: int
+    n_numbers: int = 0
+
+    @property
+    def n_words(self) -> int:
+        """How many words a row has."""
+        return 2 + self.n_addresses + self.n_numbers
+
+    def address(self, which: int) -> int:
+        """Give the place of an address in a row."""
+        return 2 + which
+
+    def number(self, which: int) -> int:
+        """Give the place of a number in a row."""
+        return 2 + self.n_addresses + which
+
+
+class Piece(NamedTuple):
+    """A row to be written."""
+
+    n_elements: int
+    words: Sequence[int]  # addresses, then numbers; as many as the layout has
+
+
+def rows_of(layout: Layout, pieces: Iterable[Piece]) -> Array:
+    """Write a table.
+
+    Returns
+    -------
+    numpy.ndarray of int64, shape (n, layout.n_words)
+        Pieces without elements have no row.
+    """
+    kept = [piece for piece in pieces if piece.n_elements]
+    table = np.empty((len(kept), layout.n_words), np.int64)
+    if kept:
+        sizes = table[:, 1]
+        sizes[:] = [piece.n_elements for piece in kept]
+        tiles = -(-sizes // TILE)
+        table[:, 0] = np.cumsum(tiles) - tiles
+        table[:, 2:] = [piece.words for piece in kept]
+    return table
+
+
+def n_lanes(table: Array) -> int:
+    """Say how many elements of a kernel's index a table needs."""
+    last = table[-1]
+    return int(last[0] + -(-last[1] // TILE)) * LANES

@@ -1,0 +1,220 @@
+"""Making the transport over GPUs: whose GPU is whose, who is in whose clique, all or nobody.
+
+Rules of the file: what can fail on one rank alone is told to all before the next step that
+they take together, and all raise the same; what waits for others has a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
+
+from ..errors import ArgumentError, CollectiveError, name_of, rebuild, text_of
+from ..gpu.device import Device, Gpus
+from ..gpu.nccl import UNIQUE_ID_BYTES, Communicator, Nccl
+from ..gpu.places import Sight, places_of
+from ..sums import Adder, order_of
+from ..topology import Topology
+from ..transport import mpi
+from ..transport.contract import Messenger
+from ..transport.leg import DirectLeg, LegSizes
+from ..transport.losses import Losses
+from ..transport.waiting import Waiting
+from .crossing import Crossing
+from .exchange import SCRATCH_BYTES, Clique, Member
+from .transport import SMALL_BYTES, GpuTransport
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+T = TypeVar("T")
+#: Gives what this process can do with GPUs, or raises why it can do nothing.
+Find: TypeAlias = Callable[[], tuple[Gpus, Nccl]]
+
+#: How long a transfer may make no way, unless told otherwise.
+LIMIT_S = 300.0
+_NAP_S = 1e-4
+
+
+def transport_for(
+    comm: MPI.Intracomm,
+    topology: Topology,
+    find: Find,
+    losses: Losses | None = None,
+    *,
+    tree: bool = False,
+    patient: bool = False,
+    limit_s: float = LIMIT_S,
+    scratch_bytes: int = SCRATCH_BYTES,
+    small_bytes: int = SMALL_BYTES,
+) -> GpuTransport:
+    """Make the transport over the GPUs of all ranks; collective.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        The transport's own: nobody else sends on it but with tags of their own.
+    topology : Topology
+        Of the ranks of `comm`.
+    find : callable
+        Gives this process's GPUs and NCCL, or raises.
+    losses : Losses or None, default None
+        Of ranks of `comm`, or of the communicator of which it is a duplicate.
+    tree : bool, default False
+        Add in a binary tree over the ranks, wherever they are.
+    patient : bool, default False
+        Leave the core to the caller's other threads while a sum waits for other hosts.
+    limit_s : float, optional
+        How long a transfer among GPUs may make no way.
+    scratch_bytes, small_bytes : int, optional
+        As for `Clique` and `GpuTransport`.
+
+    Returns
+    -------
+    GpuTransport
+        It closes `comm`.
+
+    Raises
+    ------
+    DeviceError, MissingDependencyError, CollectiveError
+        On all ranks, what one of them has found, or what they cannot do together.
+    ArgumentError
+        `tree`, and the ranks of a host are no whole branch of it.
+    """
+    if tree and not is_level(topology):
+        raise ArgumentError(
+            "reproducible sums on GPUs need as many ranks on each host, a power of two, and "
+            f"ranks that follow one another there: these are on hosts {topology.host_of}"
+        )
+    losses = losses or mpi.losses_of(comm)
+    messenger = mpi.MpiMessenger(comm, topology, losses=losses)
+    (gpus, nccl), sights = _look(messenger, find)
+    device = gpus.devices[places_of(topology, sights)[topology.rank]]
+    here = mpi.split(comm, topology.host, topology.rank, losses)
+    lane = mpi.split(comm, topology.local_rank, topology.host, losses)
+    waiting = Waiting.patient(losses.alarm) if patient else None
+    flat = mpi.MpiTransport(comm, topology, waiting=waiting, losses=losses, tree=tree)
+    flat.keep(here)
+    flat.keep(lane)
+    nccl_comm = _join(messenger, here, nccl, device, limit_s)
+    member = Member(here.rank, device, device.stream(), nccl_comm)
+    who = f"rank {topology.rank} of {topology.size}"
+    watch = Watch([nccl_comm] if nccl_comm else [], limit_s, who)
+    lanes = min(len(ranks) for ranks in topology.hosts)
+
+    def make() -> GpuTransport:
+        clique = Clique(nccl, [member], here.size, lanes=lanes, scratch_bytes=scratch_bytes)
+        crossing = None
+        if topology.num_hosts > 1 and topology.local_rank < lanes:
+            sizes = LegSizes.between_hosts(topology.num_hosts, lanes)
+            groups = [[host] for host in range(topology.num_hosts)]
+            adder = Adder(groups, sizes.row_bytes(topology.num_hosts), tree=tree)
+            leg = DirectLeg(lane, mpi.import_mpi(), adder, sizes, losses)
+            crossing = Crossing(leg, gpus, device, waiting or Waiting(alarm=losses.alarm), watch)
+        order = order_of([range(here.size)], tree=tree)
+        return GpuTransport(
+            flat, gpus, member, clique, order, crossing, watch, small_bytes=small_bytes
+        )
+
+    return _on_all(messenger, make)
+
+
+def is_level(topology: Topology) -> bool:
+    """Say whether a tree over all ranks is trees over each host's, and one over the hosts."""
+    if topology.num_hosts == 1:
+        return True
+    size = len(topology.hosts[0])
+    in_order = topology.host_of == tuple(rank // size for rank in range(topology.size))
+    return in_order and size & (size - 1) == 0
+
+
+def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sight]]:
+    """Find what each rank sees, on all ranks."""
+
+    def look() -> tuple[tuple[Gpus, Nccl], str]:
+        gpus, nccl = find()
+        uuids = [device.uuid for device in gpus.devices]
+        return (gpus, nccl), Sight.of(uuids, nccl.version, os.environ).written()
+
+    found, own = _on_all(messenger, look)
+    return found, [Sight.read(text) for text in _texts_of_all(messenger, own)]
+
+
+def _join(
+    messenger: Messenger, here: MPI.Intracomm, nccl: Nccl, device: Device, limit_s: float
+) -> Communicator | None:
+    """Make the communicator of this host's GPUs, by an id that its first rank gives the others."""
+    if here.size == 1:
+        _on_all(messenger, lambda: None)
+        _on_all(messenger, lambda: None)
+        return None
+    own_id = _on_all(messenger, lambda: nccl.unique_id() if here.rank == 0 else b"")
+    unique_id = bytearray(own_id.ljust(UNIQUE_ID_BYTES, b"\0"))
+    here.Bcast(unique_id)
+    size, rank = here.size, here.rank
+
+    def init() -> Communicator:
+        return _within(limit_s, lambda: nccl.init_rank(size, bytes(unique_id), rank, device))
+
+    return _on_all(messenger, init)
+
+
+def _within(limit_s: float, make: Callable[[], T]) -> T:
+    """Wait for a call that waits for others, but not for ever.
+
+    Raises
+    ------
+    CollectiveError
+        It has not come back in time; the thread that waits in it stays behind.
+    """
+    made: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except Exception as error:  # told by the thread that waits for this one
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="kvcoll-nccl-init", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not made:
+        raise CollectiveError(
+            f"NCCL has not brought the GPUs of this host together within {limit_s:g} s: "
+            "NCCL_DEBUG=INFO shows what it tries"
+        )
+    return made[0]
+
+
+def _on_all(messenger: Messenger, make: Callable[[], T]) -> T:
+    """Do on all ranks what may fail on some; all raise the error of the lowest that failed."""
+    made: list[T] = []
+    told = ""
+    try:
+        made.append(make())
+    except Exception as error:  # whatever it is, the other ranks wait to be told
+        told = json.dumps([name_of(error), text_of(error)])
+    all_told = _texts_of_all(messenger, told)
+    errors = [(rank, json.loads(text)) for rank, text in enumerate(all_told) if text]
+    if errors:
+        _raise(errors[0][0], *errors[0][1])
+    return made[0]
+
+
+def _texts_of_all(messenger: Messenger, own: str) -> list[str]:
+    gathering = messenger.start_all_gather(own.encode())
+    while not gathering.done():
+        time.sleep(_NAP_S)
+    return [text.decode() for text in gathering.texts()]
+
+
+def _raise(rank: int, name: str, text: str) -> NoReturn:
+    raise rebuild(name, f"rank {rank}: {text}")

@@ -1,0 +1,248 @@
+"""The transport of ranks that have a GPU each: arrays on it, sums over all ranks.
+
+Within a host the ranks' segments go by NCCL and are added by a kernel; across hosts each
+rank's segment goes by MPI (`crossing`). Rules of the file: arrays are `DeviceArray`, though the
+contract says `Array`; all is put on the transport's stream in the order of the calls, on one
+host without any wait; what a sink gets is valid for work that it puts on that stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import numpy as np
+
+from ..arrays import Array, DType, describe, wide
+from ..gpu.array import DeviceArray, as_any, as_device
+from ..gpu.device import Device, Gpus, Stream
+from ..sums import Order
+from ..transport.contract import Exchange, Sink, Transport, Window
+from .crossing import Crossing
+from .exchange import Clique, Member, add
+from .watch import Watch
+
+# Up to how many bytes of all ranks of a host every rank adds everything: one call less.
+SMALL_BYTES = 256 << 10
+_STAGED_BYTES = 4 << 20
+
+
+@final
+class GpuTransport(Transport):
+    """Sums over ranks with a GPU each.
+
+    Parameters
+    ----------
+    beside : Transport
+        Another one over all ranks, for arrays of the host.
+    gpus : Gpus
+    member : Member
+        This rank in the clique of its host.
+    clique : Clique
+        Of the ranks of this host; as many lanes as the smallest host has ranks.
+    order : int or tuple
+        In which the ranks of a host are added, by their place on it.
+    crossing : Crossing or None
+        None where there is one host, or on a rank that carries no segment.
+    watch : Watch
+    small_bytes : int, optional
+
+    Attributes
+    ----------
+    device : Device
+    stream : Stream
+        On which all its work is done, and that of its sinks.
+    beside : Transport
+    """
+
+    def __init__(
+        self,
+        beside: Transport,
+        gpus: Gpus,
+        member: Member,
+        clique: Clique,
+        order: Order,
+        crossing: Crossing | None,
+        watch: Watch,
+        *,
+        small_bytes: int = SMALL_BYTES,
+    ) -> None:
+        self.topology = beside.topology
+        self.device: Device = member.device
+        self.stream: Stream = member.stream
+        self.beside, self._member, self._clique = beside, member, clique
+        self._order, self._crossing, self._watch = order, crossing, watch
+        self._is_one_host = self.topology.num_hosts == 1
+        self._small_bytes = small_bytes
+        # Of the longest round: the part that this rank adds, before other hosts' are added, and
+        # the sum that a sink gets.
+        n_bytes = clique.step(clique.size, 1)
+        of_host_bytes = 0 if crossing is None else n_bytes // clique.lanes
+        self._of_host = self.device.empty(of_host_bytes, np.uint8, self.stream)
+        self._total = self.device.empty(n_bytes, np.uint8, self.stream)
+        self._staged = gpus.pinned(_STAGED_BYTES)
+        self._is_open = True
+
+    def all_reduce(self, source: Array, out: Array) -> None:
+        """Sum in rounds; see `Transport.all_reduce`."""
+        self._sum(as_device(source), as_device(out))
+
+    def all_reduce_pieces(self, source: Array, dtype: DType, sink: Sink) -> None:
+        """Sum in rounds, each of which the sink gets; see `Transport.all_reduce_pieces`."""
+        own = as_device(source)
+        step = self._step(own.dtype, dtype)
+        for low in range(0, own.size, step):
+            part = own[low : low + step]
+            total = self._total[: part.size * dtype.itemsize].view(dtype)
+            self._sum(part, total)
+            sink(low, low + part.size, as_any(total))
+
+    def window(self, private: Array) -> Window:
+        """Give private memory: GPUs show one another nothing."""
+        return Window((private,))
+
+    def all_reduce_window(self, window: Window, start: int, stop: int, sink: Sink) -> None:
+        """Sum it as any array."""
+        self.all_reduce_pieces(window.own[start:stop], window.own.dtype, sink)
+
+    def all_reduce_windows(self, source: Window, out: Window, start: int, stop: int) -> None:
+        """Sum it as any array."""
+        self.all_reduce(source.own[start:stop], out.own[start:stop])
+
+    def broadcast(self, buffer: Array, root: int = 0) -> None:
+        """Copy by NCCL on one host; across hosts by MPI, through the host of each rank."""
+        own = as_device(buffer).reshape(-1)
+        if own.nbytes == 0 or self.topology.size == 1:
+            return
+        comm = self._member.comm
+        if self._is_one_host and comm is not None:
+            self._watch.check()
+            comm.broadcast(own, root, self.stream)
+            self._expect("broadcast", own)
+            return
+        self._broadcast_by_host(own.view(np.uint8), root)
+
+    def start_all_to_all(
+        self, sent: Mapping[int, Array], received: Mapping[int, Array]
+    ) -> Exchange:
+        """Leave arrays of the host to the transport beside."""
+        return self.beside.start_all_to_all(sent, received)
+
+    def abort(self, why: str) -> None:
+        """Leave it to the transport beside."""
+        self.beside.abort(why)
+
+    def close(self) -> None:
+        """End NCCL's communicator once its work is done, then the transport beside.
+
+        Raises
+        ------
+        CollectiveError
+            Its work has failed, or does not end.
+        """
+        try:
+            if self._is_open:
+                self._watch.wait(self.stream.record())
+        finally:
+            self.end()
+            self.beside.close()
+
+    def end(self) -> None:
+        """Let go of NCCL without the other ranks, as when the process ends: never waits long."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        ended = self._watch.end()
+        if self._member.comm is not None and not self._watch.failed:
+            # What still runs may wait for a rank that has gone.
+            (self._member.comm.destroy if ended else self._member.comm.abort)()
+
+    def check(self) -> None:
+        """Raise what has failed on the GPUs meanwhile.
+
+        Raises
+        ------
+        CollectiveError
+        """
+        self._watch.check()
+
+    def wait(self) -> None:
+        """Wait on the host for all that is on the stream.
+
+        Raises
+        ------
+        CollectiveError
+            Its work has failed, or does not end.
+        """
+        self._watch.wait(self.stream.record())
+
+    def _sum(self, source: DeviceArray, out: DeviceArray) -> None:
+        """Sum arrays of any size."""
+        if source.size == 0:
+            return
+        self._watch.check()
+        if self._clique.size == 1 and self._is_one_host:
+            self._copy(source, out)
+            return
+        if self._is_small(source):
+            rows = self._clique.gather(self._member, source)
+            add(self._member, self._order, rows, out)
+        else:
+            step = self._step(source.dtype, out.dtype)
+            for low in range(0, source.size, step):
+                self._round(source[low : low + step], out[low : low + step])
+        if self._clique.size > 1:
+            self._expect("all_reduce", source)
+
+    def _round(self, source: DeviceArray, out: DeviceArray) -> None:
+        """Sum what the scratch memory has room for."""
+        clique, member = self._clique, self._member
+        bounds = clique.bounds(source.size, source.itemsize)
+        here = range(clique.size)
+        rows = [source if k == member.rank else None for k in here]
+        segments = clique.exchange(here, rows, bounds)
+        if member.rank in segments:
+            low, high = bounds[member.rank]
+            mine = out[low:high]
+            if self._crossing is None:
+                add(member, self._order, segments[member.rank], mine)
+            elif high > low:
+                dtype = wide(out.dtype)
+                of_host = self._of_host[: mine.size * dtype.itemsize].view(dtype)
+                add(member, self._order, segments[member.rank], of_host)
+                self._crossing.sum(of_host, mine, self.stream)
+        clique.give({member.rank: out}, bounds)
+
+    def _is_small(self, source: DeviceArray) -> bool:
+        """Say whether every rank of the one host adds everything."""
+        n_bytes = self._clique.size * source.nbytes
+        fits = n_bytes <= self._small_bytes and self._clique.gathers(source.nbytes)
+        return self._is_one_host and fits
+
+    def _step(self, source: DType, out: DType) -> int:
+        """Say how many elements a round has: rows, segments and sums fit their memory."""
+        itemsize = max(source.itemsize, wide(out).itemsize)
+        return self._clique.step(self._clique.size, itemsize)
+
+    def _copy(self, source: DeviceArray, out: DeviceArray) -> None:
+        if source.dtype != out.dtype:
+            add(self._member, 0, [source], out)
+        elif source.address != out.address:
+            self.device.copy(source, out, self.stream)
+
+    def _broadcast_by_host(self, own: DeviceArray, root: int) -> None:
+        is_root = self.topology.rank == root
+        for low in range(0, own.size, _STAGED_BYTES):
+            part = own[low : low + _STAGED_BYTES]
+            host = self._staged[: part.size]
+            if is_root:
+                self.device.download(part, host, self.stream)
+                self._watch.wait(self.stream.record())
+            self.beside.broadcast(host, root)
+            if not is_root:
+                self.device.upload(host, part, self.stream)
+                self._watch.wait(self.stream.record())
+
+    def _expect(self, what: str, array: DeviceArray) -> None:
+        ranks = f"the GPUs of {self._clique.size} ranks"
+        self._watch.expect(f"{what} of {describe(array)} among {ranks}", self.stream.record())

@@ -1,0 +1,154 @@
+"""Where a store's values lie, and what is done with them there: the memory of the host, or a GPU.
+
+Rules of the file: arrays are flat or of a key's shape, and of the place they belong to; what
+is asked of a GPU is put on its stream and not waited for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+
+import numpy as np
+
+from .arrays import Array, DType, round_to, sum_in_order
+
+if TYPE_CHECKING:
+    from .optimizer.base import Optimizer
+    from .optimizer.step import Step
+    from .schema import Spec
+
+
+class Update(NamedTuple):
+    """One step of neighbours that share it."""
+
+    weight: Array
+    grad: Array
+    states: list[Array]
+    step: Step
+
+
+class Place(ABC):
+    """Memory, and work on it."""
+
+    is_host: ClassVar[bool]
+
+    @abstractmethod
+    def check(self, spec: Spec) -> None:
+        """Raise unless the place can hold a key like this.
+
+        Raises
+        ------
+        DTypeMismatchError
+            Its work knows nothing of the dtype.
+        """
+
+    @abstractmethod
+    def empty(self, n_elements: int, dtype: DType) -> Array:
+        """Take memory of any contents."""
+
+    @abstractmethod
+    def zeros(self, n_elements: int, dtype: DType) -> Array:
+        """Take memory of zeros."""
+
+    @abstractmethod
+    def copy(self, source: Array, out: Array) -> None:
+        """Copy into an array of the same shape and any dtype."""
+
+    @abstractmethod
+    def is_flat(self, array: Array) -> bool:
+        """Say whether elements lie one after another, and here."""
+
+    @abstractmethod
+    def add_lists(self, lists: Sequence[Sequence[Array]], outs: Sequence[Array]) -> None:
+        """Add each list of arrays left to right, into an array of the accumulating dtype."""
+
+    @abstractmethod
+    def share_memory(self, one: Array, other: Array) -> bool:
+        """Say whether arrays may have bytes in common."""
+
+    @abstractmethod
+    def clone(self, array: Array) -> Array:
+        """Copy into new memory."""
+
+    @abstractmethod
+    def update(self, optimizer: Optimizer, work: Sequence[Update]) -> None:
+        """Apply steps of an optimizer, each to its own memory."""
+
+    @abstractmethod
+    def lend(self, array: Array) -> Any:
+        """Show the place's memory to code of the user's."""
+
+    @abstractmethod
+    def lending(self) -> AbstractContextManager[None]:
+        """Hold while the user's code works on what is lent."""
+
+    @abstractmethod
+    def joined(self) -> AbstractContextManager[None]:
+        """Let copies and updates of the block be few pieces of work; they must not overlap."""
+
+
+@final
+class HostPlace(Place):
+    """The memory of the host, worked on by NumPy."""
+
+    is_host = True
+
+    def check(self, spec: Spec) -> None:
+        """Take all that NumPy sums."""
+
+    def empty(self, n_elements: int, dtype: DType) -> Array:
+        """Take memory."""
+        return np.empty(n_elements, dtype)
+
+    def zeros(self, n_elements: int, dtype: DType) -> Array:
+        """Take memory."""
+        return np.zeros(n_elements, dtype)
+
+    def copy(self, source: Array, out: Array) -> None:
+        """Copy, and round."""
+        if source.dtype is out.dtype:
+            np.copyto(out, source)
+        else:
+            round_to(source, out)
+
+    def is_flat(self, array: Array) -> bool:
+        """Ask NumPy."""
+        return array.flags.c_contiguous
+
+    def add_lists(self, lists: Sequence[Sequence[Array]], outs: Sequence[Array]) -> None:
+        """One list after the other."""
+        for values, out in zip(lists, outs, strict=True):
+            sum_in_order(list(values), out)
+
+    def share_memory(self, one: Array, other: Array) -> bool:
+        """Ask NumPy."""
+        return np.may_share_memory(one, other)
+
+    def clone(self, array: Array) -> Array:
+        """Ask NumPy."""
+        copied: Array = array.copy()
+        return copied
+
+    def update(self, optimizer: Optimizer, work: Sequence[Update]) -> None:
+        """Step after step."""
+        for weight, grad, states, step in work:
+            optimizer.update_flat(weight, grad, states, step)
+
+    def lend(self, array: Array) -> Any:
+        """Show the array itself."""
+        return array
+
+    def lending(self) -> AbstractContextManager[None]:
+        """Hold nothing."""
+        return nullcontext()
+
+    def joined(self) -> AbstractContextManager[None]:
+        """Do nothing: work is done at once."""
+        return nullcontext()
+
+
+#: The one place of all stores that are not on a GPU.
+HOST = HostPlace()

@@ -1,0 +1,193 @@
+"""The fake GPUs catch what would be a race or a crash on real ones, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+from fake_gpu import FakeGpus, RuleBrokenError
+from host_kernel import needs_compiler
+
+from kvcoll.errors import DeviceError
+from kvcoll.gpu.kernel import Access, KernelSource, Parameter
+
+pytestmark = pytest.mark.single
+
+TWICE = KernelSource(
+    "twice",
+    (
+        Parameter("float", "x", Access.READ),
+        Parameter("float", "y", Access.WRITE),
+        Parameter("float", "more", Access.VALUE),
+    ),
+    "y[i] = 2 * x[i] + more;",
+)
+
+
+def test_work_of_two_streams_on_the_same_bytes_needs_an_event() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array = device.empty(8, np.float32, first)
+    gpus.write(array, np.arange(8), first)
+    with pytest.raises(RuleBrokenError, match="nothing says which is first"):
+        gpus.read(array, second)
+    second.wait(first.record())
+    np.testing.assert_array_equal(gpus.read(array, second), np.arange(8))
+
+
+def test_two_streams_may_read_the_same_bytes_and_write_neighbours() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array = device.empty(8, np.float32, first)
+    gpus.write(array, np.arange(8), first)
+    second.wait(first.record())
+    gpus.read(array[:4], first)
+    gpus.read(array[:4], second)
+    gpus.write(array[:2], [5, 6], first)
+    gpus.write(array[4:], [1, 2, 3, 4], second)
+    with pytest.raises(RuleBrokenError):
+        gpus.write(array[1:2], [0], second)
+
+
+def test_an_event_orders_what_was_before_it_only() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array = device.empty(8, np.float32, first)
+    gpus.write(array, np.arange(8), first)
+    event = first.record()
+    gpus.write(array, np.arange(8) * 2, first)
+    second.wait(event)
+    with pytest.raises(RuleBrokenError):
+        gpus.read(array, second)
+
+
+def test_events_that_the_host_saw_order_what_it_puts_on_streams_later() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array = device.empty(8, np.float32, first)
+    gpus.write(array, np.arange(8), first)
+    event = first.record()
+    while not event.done():
+        pass
+    np.testing.assert_array_equal(gpus.read(array, second), np.arange(8))
+
+
+def test_a_copy_to_the_host_shows_its_numbers_when_the_host_has_seen_it_done() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    stream = device.stream()
+    array, host = device.empty(4, np.int32, stream), gpus.pinned(16).view(np.int32)
+    gpus.write(array, [3, 1, 4, 1], stream)
+    device.download(array, host, stream)
+    assert host.tolist() != [3, 1, 4, 1]
+    event = stream.record()
+    assert not event.done()
+    assert host.tolist() != [3, 1, 4, 1]
+    event.synchronize()
+    assert host.tolist() == [3, 1, 4, 1]
+    gpus.finish()
+
+
+def test_the_source_of_a_copy_from_the_host_must_not_change_before_it_is_done() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    stream = device.stream()
+    array, host = device.empty(4, np.int32, stream), gpus.pinned(16).view(np.int32)
+    host[:] = [3, 1, 4, 1]
+    device.upload(host, array, stream)
+    stream.synchronize()
+    host[:] = 0  # it was seen done
+    device.upload(host, array, stream)
+    host[1] = 5
+    with pytest.raises(RuleBrokenError, match="the host changed memory"):
+        stream.synchronize()
+
+
+def test_memory_of_the_host_that_is_not_pinned_is_refused() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    stream = device.stream()
+    with pytest.raises(RuleBrokenError, match="neither a GPU's nor pinned"):
+        device.upload(np.zeros(4, np.int32), device.empty(4, np.int32, stream), stream)
+
+
+def test_memory_must_not_go_while_another_stream_uses_it() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array = device.empty(4, np.int32, first)
+    gpus.write(array, [1, 2, 3, 4], first)
+    second.wait(first.record())
+    device.zero(array, second)
+    del array
+    gc.collect()
+    with pytest.raises(AssertionError, match="memory went"):
+        gpus.finish()
+
+
+def test_memory_may_go_once_its_stream_waits_for_the_others() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array = device.empty(4, np.int32, first)
+    gpus.write(array, [1, 2, 3, 4], first)
+    second.wait(first.record())
+    device.zero(array, second)
+    first.wait(second.record())
+    del array
+    gc.collect()
+    gpus.finish()
+
+
+def test_arrays_and_streams_of_another_gpu_are_refused() -> None:
+    gpus = FakeGpus(2)
+    first, second = gpus.devices
+    stream = first.stream()
+    array = first.empty(4, np.int32, stream)
+    with pytest.raises(RuleBrokenError):
+        second.zero(array, stream)
+    with pytest.raises(RuleBrokenError):
+        first.zero(array, second.stream())
+
+
+@needs_compiler
+def test_a_kernel_runs_over_all_elements_and_takes_part_in_the_order_of_streams() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    x, y = device.empty(5, np.float32, first), device.empty(5, np.float32, first)
+    gpus.write(x, [1, 2, 3, 4, 5], first)
+    kernel = device.compile(TWICE)
+    kernel.launch(4, (x, y, np.float32(0.5)), first)
+    assert gpus.read(y, first)[:4].tolist() == [2.5, 4.5, 6.5, 8.5]
+    kernel.launch(4, (x, y, np.float32(1.5)), second)  # the host has seen all before
+    with pytest.raises(RuleBrokenError, match="read on stream"):
+        gpus.read(y, first)
+    with pytest.raises(AssertionError, match="more of twice is a float32"):
+        kernel.launch(4, (x, y, np.float64(0.5)), first)
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_compile_is_a_named_error() -> None:
+    wrong = KernelSource("wrong", (Parameter("float", "x", Access.WRITE),), "x[i] = nothing;")
+    with pytest.raises(DeviceError, match="does not compile"):
+        FakeGpus(1).devices[0].compile(wrong)
+
+
+def test_an_array_of_the_users_works_like_numpys_on_its_current_stream() -> None:
+    gpus = FakeGpus(1)
+    array = gpus.array(np.arange(6, dtype=np.float32).reshape(2, 3))
+    array += array * 2
+    np.testing.assert_array_equal(array.get(), np.arange(6).reshape(2, 3) * 3)
+    own = gpus.devices[0].stream()
+    adopted = gpus.adopt(array, own)
+    gpus.write(adopted, np.ones((2, 3)), own)
+    with pytest.raises(RuleBrokenError):
+        array.get()
+    gpus.give_back(array, own)
+    assert array.get().sum() == 6

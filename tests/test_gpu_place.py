@@ -1,0 +1,127 @@
+"""What a place on a GPU does, on a fake one: the bits of the host, and no race."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from any_gpus import AnyGpus, gpus_and_nccl, needs_kernels
+from arrays_of import f32
+from test_kernels_fused import assert_same_bits, awkward
+
+from kvcoll import optimizer as optimizers
+from kvcoll.arrays import wide
+from kvcoll.gpu.array import as_any, as_device
+from kvcoll.gpu_place import GpuPlace
+from kvcoll.optimizer.step import Step
+from kvcoll.place import Update
+
+pytestmark = [pytest.mark.single, needs_kernels]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def gpus() -> Iterator[AnyGpus]:
+    own, _ = gpus_and_nccl(2)
+    yield own
+    own.finish()
+
+
+@pytest.fixture
+def place(gpus: AnyGpus) -> GpuPlace:
+    return GpuPlace(gpus, gpus.devices[0])
+
+
+def put(place: GpuPlace, numbers: Any) -> Any:
+    made = place.empty(numbers.size, numbers.dtype)
+    place.copy(numbers, made)
+    return made
+
+
+def got(place: GpuPlace, array: Any) -> Any:
+    numbers = np.empty(array.shape, array.dtype)
+    place.download(as_device(array), numbers)
+    return numbers
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 127, 128, 129, 1000, 65536, 65537, 200_003])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_norms_are_the_bits_of_the_host(
+    place: GpuPlace, name: str, dtype: np.dtype[Any], n: int
+) -> None:
+    optimizer = optimizers.create(name, wd=0.01, learning_rate=0.1)
+    random = np.random.default_rng(n)
+    sizes = (n, 300)
+    hosts, ours = [], []
+    for size in sizes:
+        weight, grad = (random.standard_normal(size).astype(dtype) for _ in range(2))
+        states = [np.zeros(size, wide(dtype)) for _ in range(optimizer.n_states(dtype))]
+        hosts.append((weight, grad, states))
+        ours.append((put(place, weight), put(place, grad), [put(place, s) for s in states]))
+    for count in (1, 2):
+        step = Step(0.1, 0.01, count)
+        place.update(optimizer, [Update(*arrays, step) for arrays in ours])
+        for weight, grad, states in hosts:
+            optimizer.update_flat(weight, grad, states, step)
+        for (weight, _, states), (w, _, s) in zip(hosts, ours, strict=True):
+            assert_same_bits(got(place, w), weight)
+            for one, other in zip(states, s, strict=True):
+                assert_same_bits(got(place, other), one)
+
+
+def test_steps_that_differ_in_numbers_alone_are_one_launch(place: GpuPlace) -> None:
+    optimizer = optimizers.create("adam", wd=0.1)
+    pairs = []
+    for k in range(5):
+        arrays = [awkward(1500 + k, np.dtype(np.float32), 10 * k + j) for j in range(2)]
+        arrays += [np.zeros(1500 + k, np.float32) for _ in range(2)]
+        step = Step(0.1 * (k + 1), 0.01 * (k + 1), k + 1)
+        pairs.append((arrays, [put(place, array) for array in arrays], step))
+    before = place.launcher.n_launches
+    place.update(optimizer, [Update(a[0], a[1], a[2:], step) for _, a, step in pairs])
+    assert place.launcher.n_launches == before + 1
+    for (weight, grad, *states), arrays, step in pairs:
+        optimizer.update_flat(weight, grad, states, step)
+        for one, other in zip((weight, grad, *states), arrays, strict=True):
+            assert_same_bits(got(place, other), one)
+
+
+def test_lists_are_added_where_some_lie_on_another_gpu(place: GpuPlace, gpus: AnyGpus) -> None:
+    numbers = [f32([2048, 2**-20, k]) for k in range(3)]
+    values = [gpus.adopt(gpus.array(x, k % 2), place.stream) for k, x in enumerate(numbers)]
+    total = place.empty(3, np.dtype(np.float32))
+    place.add_lists([[as_any(value) for value in values]], [total])
+    assert_same_bits(got(place, total), (numbers[0] + numbers[1]) + numbers[2])
+    place.stream.synchronize()
+
+
+def test_copies_to_another_gpu_come_before_what_follows(place: GpuPlace, gpus: AnyGpus) -> None:
+    source = put(place, np.arange(5, dtype=np.float64))
+    out = gpus.array(np.zeros(5, np.float16), 1)
+    place.copy(source, as_any(gpus.adopt(out, place.stream)))
+    place.copy(np.zeros(5), source)  # after it
+    gpus.give_back(out, place.stream)
+    assert out.get().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_an_optimizer_that_is_no_kernel_says_so_once(place: GpuPlace) -> None:
+    class Odd(optimizers.Optimizer):
+        def _n_states(self) -> int:
+            return 0
+
+        def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Any) -> None:
+            np.exp(grad, out=scratch[0])
+            np.subtract(weight, scratch[0], out=weight)
+
+    weight, grad = f32([1, 2, 3]), f32([0, 1, 0.5])
+    ours = put(place, weight), put(place, grad)
+    with pytest.warns(RuntimeWarning, match=r"Odd updates one operation after another .*exp"):
+        place.update(Odd(), [Update(*ours, [], Step(0.1, 0.0, 1))])
+    place.update(Odd(), [Update(*ours, [], Step(0.1, 0.0, 2))])
+    expected = (weight - np.exp(grad)) - np.exp(grad)
+    assert got(place, ours[0]).tolist() == expected.tolist()

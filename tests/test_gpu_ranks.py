@@ -1,0 +1,156 @@
+"""Stores over the GPUs of several ranks, end to end on fakes: sums, updates, files, mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
+from arrays_of import f32
+from fake_nccl import mailbox
+from raised_by_all import raised_by_all
+
+import kvcoll
+from kvcoll import KVStore, on_gpus
+from kvcoll.errors import ArgumentError, DeviceError, ShapeMismatchError, UpdaterError
+
+pytestmark = needs_kernels
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def gpus(
+    comm: Any,
+    host_of: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[AnyGpus]:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    with mailbox(comm) as folder:
+        own, nccl = gpus_and_nccl(comm.size, folder)
+        own.pump_in_background()
+        monkeypatch.setattr(on_gpus, "find", lambda: (own, nccl))
+        monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
+        yield own
+        check_closed(nccl)
+    own.finish()
+
+
+@pytest.fixture
+def kv(gpus: AnyGpus) -> Iterator[KVStore]:
+    with kvcoll.create("dist_device_sync") as store:
+        yield store
+
+
+def mine(kv: KVStore, gpus: AnyGpus, numbers: Any) -> Any:
+    """Put numbers on this rank's GPU."""
+    return gpus.array(numbers, kv.local_rank)
+
+
+def test_a_push_sums_over_lists_and_ranks(kv: KVStore, gpus: AnyGpus, comm: Any) -> None:
+    assert kv.type == "dist_device_sync"
+    kv.init(3, mine(kv, gpus, np.full((2, 3), 2.0 + kv.rank, np.float32)))
+    assert (kv.pull(3).get() == 2).all()  # rank 0's
+    kv.push(3, [mine(kv, gpus, np.full((2, 3), 4.0**kv.rank, np.float32)), np.ones((2, 3))])
+    expected = sum(4.0**rank + 1 for rank in range(comm.size))
+    assert (kv.pull(3).get() == expected).all()
+    assert (kv.pull(3, out=np.zeros((2, 3))) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64", "bool", "bfloat16"])
+def test_sums_have_the_bits_of_a_store_on_the_host(kv: KVStore, gpus: AnyGpus, dtype: str) -> None:
+    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    random = np.random.default_rng(kv.rank)
+    sizes = {"a": 3, "b": 100_000, "c": 0, "d": 70}
+    keys = list(sizes)
+    with kvcoll.create("dist_sync") as host:
+        for store in (kv, host):
+            store.init(keys, [np.zeros(n, kind) for n in sizes.values()])
+        values = [(100 * random.standard_normal(n)).astype(kind) for n in sizes.values()]
+        host.push(keys, values)
+        kv.push(keys, [mine(kv, gpus, value) for value in values])
+        expected = [value.tobytes() for value in host.pull(keys)]
+        assert [value.get().tobytes() for value in kv.pull(keys)] == expected
+        host.push(keys, [[value, value] for value in values])
+        kv.push(keys, [[mine(kv, gpus, value), value] for value in values])
+        expected = [value.tobytes() for value in host.pull(keys)]
+        assert [value.get().tobytes() for value in kv.pull(keys)] == expected
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "lamb"])
+def test_optimizers_have_the_bits_of_a_store_on_the_host(
+    kv: KVStore, gpus: AnyGpus, name: str, tmp_path: Path, comm: Any
+) -> None:
+    folder = Path(comm.bcast(str(tmp_path)))
+    random = np.random.default_rng(10 + kv.rank)
+    keys = ["a_weight", "b_bias", "c_weight"]
+    first = [np.linspace(-1, 1, n, dtype=np.float32) for n in (300, 40_000, 5)]
+    with kvcoll.create("dist_sync") as host:
+        for store in (kv, host):
+            store.init(keys, first)
+            store.set_optimizer(name, wd=0.1, param_idx2name={key: key for key in keys})
+        for step in range(3):
+            grads = [random.standard_normal(n).astype(np.float32) for n in (300, 40_000, 5)]
+            host.push(keys, grads)
+            kv.push(keys, [mine(kv, gpus, grad) for grad in grads])
+            if step == 1:
+                kv.save(folder / "saved")
+                kv.load(folder / "saved")
+        expected = [value.tobytes() for value in host.pull(keys)]
+        assert [value.get().tobytes() for value in kv.pull(keys)] == expected
+
+
+@pytest.mark.ranks(at_least=2)
+def test_a_mistake_on_one_rank_is_the_same_error_on_all(
+    kv: KVStore, gpus: AnyGpus, comm: Any
+) -> None:
+    kv.init(1, mine(kv, gpus, f32([1, 2])))
+    wrong = f32([1, 2, 3] if kv.rank == 1 else [1, 2])
+    error = raised_by_all(comm, lambda: kv.push(1, mine(kv, gpus, wrong)))
+    assert type(error) is ShapeMismatchError
+    assert kv.pull(1).get().tolist() == [1, 2]
+
+    def update(key: Any, given: Any, stored: Any) -> None:
+        stored += given
+        if kv.rank == 0:
+            raise ValueError("no")
+
+    kv.set_updater(update)
+    with pytest.raises(ValueError if kv.rank == 0 else UpdaterError):
+        kv.push(1, mine(kv, gpus, f32([1, 1])))
+    size = comm.size
+    assert kv.pull(1).get().tolist() == [1 + size, 2 + size]  # those of rank 1, on all
+
+
+@pytest.mark.ranks(at_least=2)
+def test_ranks_may_make_different_numbers_of_pushes(kv: KVStore, gpus: AnyGpus, comm: Any) -> None:
+    kv.init(1, mine(kv, gpus, f32([0])))
+    kv.set_optimizer("test")
+    with kv.join():
+        for _ in range(1 + kv.rank):
+            kv.push(1, mine(kv, gpus, f32([1])))
+    assert kv.pull(1).get().tolist() == [sum(1 + rank for rank in range(comm.size))]
+
+
+@pytest.mark.ranks(at_least=2)
+def test_a_rank_without_a_gpu_is_an_error_on_all(
+    gpus: AnyGpus, comm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Any:
+        raise DeviceError("this process sees no GPU")
+
+    if comm.rank == 1:
+        monkeypatch.setattr(on_gpus, "find", none)
+    error = raised_by_all(comm, lambda: kvcoll.create("dist_sync_device"))
+    assert type(error) is DeviceError
+    assert "rank 1" in str(error)
+
+
+def test_overlap_is_refused_by_name(gpus: AnyGpus) -> None:
+    with pytest.raises(ArgumentError, match="a push of 'dist_device_sync' returns while"):
+        kvcoll.create("dist_device_sync", overlap=True)

@@ -1,0 +1,116 @@
+"""Sums over GPUs pass the contract of all transports, on fakes that enforce CUDA's rules.
+
+With KVCOLL_TEST_GPUS=real they do on the GPUs of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from any_gpus import check_closed, gpus_and_nccl, needs_kernels
+from fake_nccl import mailbox
+from on_host import OnHost
+from transport_contract import TransportContract
+
+from kvcoll.kernels.prelude import is_known
+from kvcoll.nccl import setup
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+from kvcoll.transport.leg import LegSizes
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+pytestmark = needs_kernels
+
+
+@pytest.fixture(autouse=True)
+def _known_dtypes(request: pytest.FixtureRequest) -> None:
+    dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")
+    if dtype is not None and not is_known(dtype):
+        pytest.skip(f"{dtype} is no dtype of a GPU's")
+
+
+@pytest.fixture(scope="class")
+def transport(
+    request: pytest.FixtureRequest, comm: MPI.Intracomm, host_of: tuple[int, ...]
+) -> Iterator[OnHost]:
+    own = request.cls
+    own.world = comm
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    topology = Topology(comm.rank, own.hosts.get(comm.size, (0,) * comm.size))
+    own.groups = topology.hosts
+    with mailbox(comm) as folder, pytest.MonkeyPatch.context() as patched:
+        gpus, nccl = gpus_and_nccl(comm.size, folder)
+        patched.setattr(LegSizes, "between_hosts", lambda *_: own.leg_sizes)
+        made = setup.transport_for(
+            mpi.duplicate(comm, 30),
+            topology,
+            lambda: (gpus, nccl),
+            tree=own.tree,
+            limit_s=20,
+            scratch_bytes=own.scratch_bytes,
+            small_bytes=own.small_bytes,
+        )
+        yield OnHost(made, gpus)
+        made.close()
+        check_closed(nccl)
+        gpus.finish()
+
+
+class OverGpus(TransportContract):
+    """What the classes below share: rounds of a few KiB, so that memory comes round many times."""
+
+    hosts: dict[int, tuple[int, ...]] = {}  # noqa: RUF012  of each rank, by number of ranks
+    leg_sizes = LegSizes(1 << 10, 300, 4, 500)
+    scratch_bytes = 8 << 10
+    small_bytes = 2 << 10
+    edges_bytes: tuple[int, ...] = (1 << 10, 24 << 10)
+    world: MPI.Intracomm
+
+    def all_of(self, mine: bytes) -> list[bytes]:
+        return self.world.allgather(mine)
+
+
+class TestOneHost(OverGpus):
+    """Every rank with a GPU of its own."""
+
+
+class TestOneHostInATree(OverGpus):
+    tree = True
+
+
+@pytest.mark.ranks(at_least=2)
+class TestAsAStoreUsesIt(OverGpus):
+    scratch_bytes = 4 << 20
+    small_bytes = 256 << 10
+    edges_bytes = (128 << 10,)
+
+
+@pytest.mark.ranks(at_least=2)
+class TestHostsOfOneGpu(OverGpus):
+    hosts = {2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)}  # noqa: RUF012
+
+
+@pytest.mark.ranks(at_least=3)
+class TestHostsOfTwo(OverGpus):
+    """2 + 1 ranks, or 2 + 2."""
+
+    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+
+
+@pytest.mark.ranks(exactly=4)
+class TestUnequalHosts(OverGpus):
+    """3 + 1 ranks, placed in turns."""
+
+    hosts = {4: (0, 1, 0, 0)}  # noqa: RUF012
+
+
+@pytest.mark.ranks(exactly=4)
+class TestHostsOfTwoInATree(OverGpus):
+    hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012
+    tree = True
