@@ -59,9 +59,9 @@ def test_the_import_loads_no_library_that_a_store_may_not_need() -> None:
 def test_the_import_takes_little_beyond_numpys() -> None:
     code = """
 import time, numpy
-start_s = time.perf_counter()
+start_s = time.process_time()
 import kvcoll
-print((time.perf_counter() - start_s) * 1e3)
+print((time.process_time() - start_s) * 1e3)
 """
     assert min(float(python(code)) for _ in range(3)) < LIMIT_MS
 
