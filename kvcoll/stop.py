@@ -35,13 +35,13 @@ class StopSignals:
     Parameters
     ----------
     signals : iterable of signal.Signals, default (SIGTERM, SIGUSR1)
-        Which ones. SIGTERM is what ``scancel``, a time limit and Ctrl-C at mpirun come as;
+        Which ones. SIGTERM is what ``scancel`` and a time limit come as;
         SIGUSR1 is what ``sbatch --signal`` is often told to send.
 
     Notes
     -----
-    mpirun ends its ranks soon after a SIGTERM of its own: Open MPI and MPICH give them about
-    a second. It passes a SIGUSR1 on and leaves them alone.
+    mpirun passes both on to its ranks. After a SIGTERM Open MPI 5 kills them within a fraction
+    of a second, too soon for a save; MPICH 5 does not. So send SIGUSR1 to mpirun.
     """
 
     def __init__(self, signals: Iterable[signal.Signals] = USUAL) -> None:

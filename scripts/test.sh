@@ -14,7 +14,8 @@ The first run sets up a virtual environment; how to choose it stands in scripts/
 Tests that take some seconds each (marked long: training runs, checkpoints under a kill, the
 doctor) are left out, unless KVCOLL_LONG_TESTS=yes.
 
-What it runs is mpirun -n RANKS python -m pytest ..., and it prints that line.
+What it runs is mpirun -n RANKS python -m pytest ..., and it prints that line. At 1 rank two of them run at
+once: that of the tests which start jobs of their own (marked single) waits for those most of the time.
 A run of one number of ranks is ended after KVCOLL_TEST_RUN_LIMIT_S seconds (default: 600).
 "
 
@@ -45,27 +46,64 @@ for argument in "$@"; do
     arguments+=("$argument")
 done
 cd "$kvcoll_root" || exit
-counts=$(mktemp) || exit
-trap 'rm -f "$counts"' EXIT
-trap 'echo; echo "interrupted"; exit 130' INT TERM
+results=$(mktemp -d) || exit
+trap 'rm -rf "$results"' EXIT
+beside='' # the process that runs tests beside this one
+
+end_beside() {
+    [ -z "$beside" ] || kill "$(cat "/proc/$beside/task/$beside/children")" 2>/dev/null
+}
+trap 'echo; echo "interrupted"; end_beside; exit 130' INT TERM
 
 passed=0 failed=0 skipped=0 worst=0 lines=()
-for ranks in $all_ranks; do
-    : >"$counts"
-    began=$SECONDS
-    printf '\n== %s rank(s) ==\n' "$ranks"
+
+# RANKS COUNTS PYTEST-ARGUMENT...
+run() {
+    local ranks=$1 counts=$2
     KVCOLL_PRINT_COMMAND=yes KVCOLL_TEST_COUNTS=$counts kvcoll_time_limit_s=${KVCOLL_TEST_RUN_LIMIT_S:-600} \
-        kvcoll_mpirun "$ranks" python -m pytest "${arguments[@]}"
-    code=$?
-    if ! read -r p f s <"$counts"; then
+        kvcoll_mpirun "$ranks" python -m pytest "${@:3}" "${arguments[@]}"
+}
+
+# HEADING CODE SECONDS COUNTS: adds up what a run has left.
+add_up() {
+    local p f s
+    if ! read -r p f s <"$4"; then
         p=0 f=1 s=0 # the run was aborted, and what it had counted is lost
-        lines+=("$ranks rank(s): the run did not reach its end (exit code $code), $((SECONDS - began)) s")
+        lines+=("$1: the run did not reach its end (exit code $2), $3 s")
     else
-        [ "$code" -eq 0 ] || [ "$f" -gt 0 ] || f=1
-        lines+=("$ranks rank(s): $p passed, $f failed, $s skipped, $((SECONDS - began)) s (exit code $code)")
+        [ "$2" -eq 0 ] || [ "$f" -gt 0 ] || f=1
+        lines+=("$1: $p passed, $f failed, $s skipped, $3 s (exit code $2)")
     fi
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-    [ "$code" -eq 0 ] || worst=1
+    [ "$2" -eq 0 ] || worst=1
+}
+
+# Their own cache: two runs that end together would overwrite each other's list of failures.
+run_single_tests() {
+    trap - INT # which a shell has what runs beside it ignore, and tests with it
+    KVCOLL_TEST_PART=single run 1 "$results/single" -o cache_dir=.pytest_cache/single
+    echo "$? $SECONDS" >"$results/single-ended"
+}
+
+for ranks in $all_ranks; do
+    : >"$results/counts" >"$results/single"
+    began=$SECONDS
+    printf '\n== %s rank(s) ==\n' "$ranks"
+    if [ "$ranks" -gt 1 ]; then
+        run "$ranks" "$results/counts"
+        add_up "$ranks rank(s)" $? $((SECONDS - began)) "$results/counts"
+        continue
+    fi
+    run_single_tests </dev/null >"$results/said" 2>&1 &
+    beside=$!
+    KVCOLL_TEST_PART=others run 1 "$results/counts"
+    add_up "1 rank(s)" $? $((SECONDS - began)) "$results/counts"
+    wait "$beside"
+    beside=
+    printf '\n== 1 rank, tests that start jobs of their own ==\n'
+    cat "$results/said"
+    read -r code ended <"$results/single-ended"
+    add_up "1 rank(s), with jobs of their own" "$code" $((ended - began)) "$results/single"
 done
 
 printf '\n== summary: %s, %s cores ==\n' "$kvcoll_mpi" "$kvcoll_cores"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from one_process import LOCAL
 
 import kvcoll
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 pytest_plugins = ("mpi_runner",)
 
 
-@pytest.fixture(params=["local", "dist_sync", "dist_sync overlap"])
+@pytest.fixture(params=[LOCAL, "dist_sync", "dist_sync overlap"])
 def kv(request: pytest.FixtureRequest) -> Iterator[kvcoll.KVStore]:
     """Give an empty store of one process, and two of all ranks; without MPI these skip."""
     name, *overlap = request.param.split()

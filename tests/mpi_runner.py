@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LIMIT_S: Final = float(os.environ.get("KVCOLL_TEST_LIMIT_S", "60"))
 GRACE_S: Final = float(os.environ.get("KVCOLL_TEST_GRACE_S", "5"))
+PART: Final = os.environ.get("KVCOLL_TEST_PART", "")  # "single" or "others": only those tests
 COUNTS_FILE: Final = os.environ.get("KVCOLL_TEST_COUNTS")
 WORLD: Final = pytest.StashKey[World]()
 MARKERS: Final = (
@@ -175,7 +176,8 @@ class RankRunner:
 
 def _wants(item: pytest.Item, size: int) -> bool:
     """Tell whether a test is for a run of `size` ranks."""
-    if item.get_closest_marker("single") and size != 1:
+    is_single = item.get_closest_marker("single") is not None
+    if (is_single and size != 1) or (PART and is_single != (PART == "single")):
         return False
 
     def fits(at_least: int = 1, exactly: int | None = None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pytest
+from one_process import LOCAL
 from raised_by_all import raised_by_all
 
 import kvcoll
@@ -31,7 +32,7 @@ def value(key: int, rank: int) -> Array:
     return given
 
 
-@pytest.fixture(params=["local", "dist_sync"])
+@pytest.fixture(params=[LOCAL, "dist_sync"])
 def kv(request: pytest.FixtureRequest, comm: Any) -> Iterator[KVStore]:
     with kvcoll.create(request.param) as store:
         store.init(KEYS, [np.zeros(shape, np.float32) for shape in SHAPES.values()])

@@ -98,9 +98,10 @@ def test_a_job_whose_training_fails_has_failed(slurm: Slurm) -> None:
 
 
 # Of 180 steps an epoch: long enough to be signalled in the midst of it.
-MANY_STEPS: Final = ("--batch-size", "8", "--epochs", "10", "--optimizer", "adam")
+MANY_STEPS: Final = ("--batch-size", "8", "--epochs", "5", "--optimizer", "adam")
 
 
+@pytest.mark.limit(240)
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_a_job_that_is_told_to_stop_saves_is_queued_again_and_ends_as_if_never_stopped(
     slurm: Slurm, launcher: str
@@ -112,7 +113,7 @@ def test_a_job_that_is_told_to_stop_saves_is_queued_again_and_ends_as_if_never_s
     # As SLURM does for #SBATCH --signal=B:USR1@60, a minute before the end.
     signalled = slurm.on_kv1("scancel", "--batch", "--signal=USR1", job.number)
     assert signalled.returncode == 0, signalled
-    ended = slurm.ended(job)
+    ended = slurm.ended(job, 120)
     assert ended.states == ["COMPLETED 0:0"], ended
     (said,) = ended.outputs
     assert "queued again" in said
@@ -125,7 +126,7 @@ def test_a_job_that_is_told_to_stop_saves_is_queued_again_and_ends_as_if_never_s
         kvcoll.load(slurm.hosts.folder / "checkpoints" / number)[1].version
         for number in (str(int(job.number) - 1), job.number)
     ]
-    assert versions == [10 * 180] * 2
+    assert versions == [5 * 180] * 2
 
 
 def test_a_job_is_told_to_stop_before_its_time_limit_comes(slurm: Slurm) -> None:

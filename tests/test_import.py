@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compileall
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,14 +58,17 @@ def test_the_import_loads_no_library_that_a_store_may_not_need() -> None:
     assert not loaded & {"mpi4py", "cupy", "torch", "ml_dtypes", "jax", "nccl", "scipy"}
 
 
-def test_the_import_takes_little_beyond_numpys() -> None:
+def test_the_import_takes_little_beyond_numpys(tmp_path: Path) -> None:
+    # A copy that is compiled, as an installed package is.
+    shutil.copytree(ROOT / "kvcoll", tmp_path / "kvcoll")
+    assert compileall.compile_dir(tmp_path / "kvcoll", quiet=1)
     code = """
 import time, numpy
-start_s = time.perf_counter()
+start_s = time.process_time()
 import kvcoll
-print((time.perf_counter() - start_s) * 1e3)
+print((time.process_time() - start_s) * 1e3)
 """
-    assert min(float(python(code)) for _ in range(3)) < LIMIT_MS
+    assert min(float(python(code, tmp_path)) for _ in range(3)) < LIMIT_MS
 
 
 def test_a_local_store_works_where_mpi4py_is_not_installed() -> None:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from one_process import DEVICE, LOCAL
 
 import kvcoll
 from kvcoll import KVStore, optimizer
@@ -36,7 +37,7 @@ def read_only(array: Array) -> Array:
     return array
 
 
-@pytest.fixture(params=["local", "device", "dist_sync"])
+@pytest.fixture(params=[LOCAL, DEVICE, "dist_sync"])
 def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
     """Give a store with key 3 = [1, 2] and key 4 = [5]."""
     if request.param.startswith("dist"):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from mpi_job import Job
+from one_process import LOCAL
 from raised_by_all import raised_by_all
 
 import kvcoll
@@ -40,7 +41,7 @@ def init(kv: KVStore, dtype: Any = np.float32) -> None:
     kv.init(KEYS, [np.zeros(shape, dtype) for shape in SHAPES.values()])
 
 
-@pytest.fixture(params=["local", "dist_sync"])
+@pytest.fixture(params=[LOCAL, "dist_sync"])
 def kv(request: pytest.FixtureRequest, comm: Any) -> Iterator[KVStore]:
     with kvcoll.create(request.param) as store:
         init(store)

@@ -70,6 +70,7 @@ def run_suite(folder: Path, ranks: int, code: str, *options: str) -> Job:
         "KVCOLL_TEST_LIMIT_S": "20",
         "KVCOLL_TEST_GRACE_S": "1",
         "KVCOLL_TEST_COUNTS": str(folder / "counts"),
+        "KVCOLL_TEST_PART": "",
     }
     arguments = ("--color=no", f"--rootdir={folder}", *options)
     job = run_job_through_mpirun(ranks, "-m", "pytest", *arguments, folder, env=env)

@@ -8,15 +8,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from one_process import DEVICE, LOCAL
 
 import kvcoll
 from kvcoll import KVStore
 
 Array = npt.NDArray[Any]
-LOCAL = ("local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device")
+LOCAL_NAMES = (
+    "local",
+    "local_update_cpu",
+    "local_allreduce_cpu",
+    "device",
+    "local_allreduce_device",
+)
 
 
-@pytest.fixture(params=["local", "device", "dist_sync"])
+@pytest.fixture(params=[LOCAL, DEVICE, "dist_sync"])
 def kv(request: pytest.FixtureRequest) -> Iterator[KVStore]:
     if request.param.startswith("dist"):
         request.getfixturevalue("comm")
@@ -37,7 +44,7 @@ def weights(kv: KVStore) -> int:
     return sum(range(1, kv.num_workers + 1))
 
 
-@pytest.mark.parametrize("name", [*LOCAL, "Local", "DEVICE", "LOCAL_Allreduce_CPU"])
+@pytest.mark.parametrize("name", [*LOCAL_NAMES, "Local", "DEVICE", "LOCAL_Allreduce_CPU"])
 def test_a_store_of_one_process_gives_its_type_in_lower_case(name: str) -> None:
     kv = kvcoll.create(name)
     assert kv.type == name.lower()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from one_process import DEVICE, LOCAL
 
 import kvcoll
 
@@ -20,7 +21,7 @@ def update(key: int | str, input: Array, stored: Array) -> None:
     stored += input * 2
 
 
-@pytest.mark.parametrize("name", ["local", "device", "dist", "dist_sync"])
+@pytest.mark.parametrize("name", [LOCAL, DEVICE, "dist", "dist_sync"])
 def test_each_step_of_the_tutorial_gives_what_it_says(
     name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:

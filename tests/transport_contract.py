@@ -6,6 +6,7 @@ and not by asking the others.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -36,25 +37,30 @@ one_of_each_kind = pytest.mark.parametrize(
 
 def pushed(dtype: DType, n: int, size: int) -> list[Array]:
     """Give what each rank pushes: other numbers on each, whose sums are not exact."""
-    arrays = []
-    for rank in range(size):
-        random = np.random.default_rng([n, rank])
-        if dtype.kind in "biu":
-            arrays.append(np.frombuffer(random.bytes(n * dtype.itemsize), dtype).copy())
-            if dtype.kind == "b":
-                arrays[-1] = random.random(n) < 0.4
-            continue
-        real = random.standard_normal(n) * 10.0 ** random.integers(-3, 4, n)
-        if dtype in SMALL_FLOATS:
-            real = random.standard_normal(n) * 2.0 ** random.integers(-3, 4, n)
+    longest = max(1024, 1 << (n - 1).bit_length())
+    return [_numbers(dtype, rank, longest)[longest - n :] for rank in range(size)]
+
+
+@functools.cache
+def _numbers(dtype: DType, rank: int, n: int) -> Array:
+    """Draw numbers once: every rank needs those of all, again and again."""
+    random = np.random.default_rng([n, rank])
+    if dtype.kind == "b":
+        numbers = random.random(n) < 0.4
+    elif dtype.kind in "iu":
+        numbers = np.frombuffer(random.bytes(n * dtype.itemsize), dtype)
+    else:
+        base = 2.0 if dtype in SMALL_FLOATS else 10.0
+        real = random.standard_normal(n) * base ** random.integers(-3, 4, n)
         wide: Array = real.astype(np.clongdouble if dtype.kind == "c" else np.longdouble)
         # Longer digits than a float64 has, for those that can hold them.
         wide *= 1 + np.longdouble(rank + 1) * np.longdouble(2) ** -60
         if dtype.kind == "c":
             wide = wide + 1j * random.standard_normal(n)
         narrow: Any = np.float64 if dtype in SMALL_FLOATS else wide.dtype
-        arrays.append(wide.astype(narrow).astype(dtype))
-    return arrays
+        numbers = wide.astype(narrow).astype(dtype)
+    numbers.setflags(write=False)
+    return numbers
 
 
 def in_order(arrays: Sequence[Array], out_dtype: DType, groups: Sequence[Sequence[int]]) -> Array:
