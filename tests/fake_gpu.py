@@ -36,6 +36,7 @@ Clock: TypeAlias = dict[int, int]  # for each stream how much of its work is kno
 Span: TypeAlias = tuple[int, int]  # addresses: from, to
 
 _RUBBISH = 0xA7
+_SPOILED_BYTES = 1 << 20  # of new memory, for what reads it before it is written
 _LINE_BYTES = 256  # memory is aligned as CUDA aligns it
 
 
@@ -78,7 +79,8 @@ class _Memory:
     """One allocation."""
 
     def __init__(self, n_bytes: int, fill: int) -> None:
-        whole = np.full(n_bytes + _LINE_BYTES, fill, np.uint8)
+        whole = np.empty(n_bytes + _LINE_BYTES, np.uint8)
+        whole[: _SPOILED_BYTES] = fill
         offset = -int(whole.ctypes.data) % _LINE_BYTES
         self.raw = whole[offset : offset + n_bytes]
         self.start = int(whole.ctypes.data) + offset

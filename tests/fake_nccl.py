@@ -11,12 +11,14 @@ on a GPU, until the communicator is aborted. Such work goes on while the host do
 from __future__ import annotations
 
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from fake_gpu import FakeGpus, FakeStream, merge, numpy_of, span_of
@@ -26,7 +28,27 @@ from kvcoll.gpu.array import DeviceArray
 from kvcoll.gpu.device import Device, Stream
 from kvcoll.gpu.nccl import UNIQUE_ID_BYTES, Communicator, Nccl
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 _INIT_LIMIT_S = 30.0
+
+
+@contextmanager
+def mailbox(comm: MPI.Intracomm) -> Iterator[Path]:
+    """Give a folder that all ranks see; rank 0 removes it once all have left it.
+
+    It is no folder of pytest's, which removes old ones as a run ends, and warns where many files
+    make the runs of several ranks meet in it.
+    """
+    made = tempfile.mkdtemp(prefix="kvcoll-nccl-") if comm.rank == 0 else ""
+    folder = Path(comm.bcast(made))
+    try:
+        yield folder
+    finally:
+        comm.barrier()
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from fake_gpu import FakeGpus, RuleBrokenError
-from fake_nccl import FakeNccl
+from fake_nccl import FakeNccl, mailbox
 
 from kvcoll.errors import CollectiveError, DeviceError
 from kvcoll.gpu.array import DeviceArray
 from kvcoll.gpu.device import Stream
 from kvcoll.gpu.nccl import Communicator
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class InOneProcess:
@@ -139,6 +143,12 @@ def test_what_is_received_must_be_waited_for_by_other_streams() -> None:
         own.gpus.write(own.rows[0], np.zeros(6), own.gpus.devices[0].stream())
 
 
+@pytest.fixture
+def mail(comm: MPI.Intracomm) -> Iterator[Path]:
+    with mailbox(comm) as folder:
+        yield folder
+
+
 class Member:
     """This rank's one GPU, in a communicator of all ranks."""
 
@@ -154,9 +164,9 @@ class Member:
 
 @pytest.mark.ranks(at_least=2)
 def test_ranks_of_several_processes_gather_broadcast_and_send(
-    shared_tmp_path: Path, rank: int, size: int
+    mail: Path, rank: int, size: int
 ) -> None:
-    own = Member(shared_tmp_path, rank, size)
+    own = Member(mail, rank, size)
     out = own.gpus.devices[0].empty(4 * size, np.int32, own.stream)
     own.comm.all_gather(own.row, out, own.stream)
     expected = [10 * k + i for k in range(size) for i in range(4)]
@@ -177,9 +187,9 @@ def test_ranks_of_several_processes_gather_broadcast_and_send(
 @pytest.mark.ranks(at_least=2)
 @pytest.mark.parametrize("wrong", ["count", "dtype", "order"])
 def test_ranks_that_call_different_things_get_an_error_of_their_device(
-    shared_tmp_path: Path, rank: int, size: int, wrong: str
+    mail: Path, rank: int, size: int, wrong: str
 ) -> None:
-    own = Member(shared_tmp_path, rank, size)
+    own = Member(mail, rank, size)
     row = own.row
     if rank == 0 and wrong == "count":
         row = row[:3]
@@ -197,9 +207,9 @@ def test_ranks_that_call_different_things_get_an_error_of_their_device(
 
 @pytest.mark.ranks(at_least=2)
 def test_a_rank_that_does_not_come_lets_the_others_wait_until_they_abort(
-    shared_tmp_path: Path, rank: int, size: int
+    mail: Path, rank: int, size: int
 ) -> None:
-    own = Member(shared_tmp_path, rank, size)
+    own = Member(mail, rank, size)
     if rank == 0:
         return
     out = own.gpus.devices[0].empty(4 * size, np.int32, own.stream)

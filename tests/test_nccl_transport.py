@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from fake_gpu import FakeGpus
-from fake_nccl import FakeNccl
+from fake_nccl import FakeNccl, mailbox
 from on_host import OnHost
 from transport_contract import TransportContract
 
@@ -31,10 +30,7 @@ def _known_dtypes(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="class")
 def transport(
-    request: pytest.FixtureRequest,
-    comm: MPI.Intracomm,
-    host_of: tuple[int, ...],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, comm: MPI.Intracomm, host_of: tuple[int, ...]
 ) -> Iterator[OnHost]:
     own = request.cls
     own.world = comm
@@ -42,10 +38,9 @@ def transport(
         pytest.skip("fake GPUs of several processes find one another on one machine")
     topology = Topology(comm.rank, own.hosts.get(comm.size, (0,) * comm.size))
     own.groups = topology.hosts
-    folder = Path(comm.bcast(str(tmp_path_factory.mktemp("nccl"))))
     gpus = FakeGpus(own.gpus_a_rank, [f"{comm.rank}-{k}" for k in range(own.gpus_a_rank)])
-    nccl = FakeNccl(gpus, folder)
-    with pytest.MonkeyPatch.context() as patched:
+    with mailbox(comm) as folder, pytest.MonkeyPatch.context() as patched:
+        nccl = FakeNccl(gpus, folder)
         patched.setattr(LegSizes, "between_hosts", lambda *_: own.leg_sizes)
         made = setup.transport_for(
             mpi.duplicate(comm, 30),
@@ -56,8 +51,8 @@ def transport(
             scratch_bytes=own.scratch_bytes,
             small_bytes=own.small_bytes,
         )
-    yield OnHost(made, gpus)
-    made.close()
+        yield OnHost(made, gpus)
+        made.close()
     assert not nccl.open
     gpus.finish()
 

@@ -76,10 +76,10 @@ class GpuTransport(Transport):
         self._small_bytes = small_bytes
         # Of the longest round: the part that this rank adds, before other hosts' are added, and
         # the sum that a sink gets.
-        n = clique.step(max(1, clique.size), 1)
-        n_bytes = 0 if self._is_one_host else n // clique.lanes * 4
-        self._of_host = self.device.empty(n_bytes, np.uint8, self.stream)
-        self._total = self.device.empty(4 * n, np.uint8, self.stream)
+        n_bytes = clique.step(clique.size, 1)
+        of_host_bytes = 0 if crossing is None else n_bytes // clique.lanes
+        self._of_host = self.device.empty(of_host_bytes, np.uint8, self.stream)
+        self._total = self.device.empty(n_bytes, np.uint8, self.stream)
         self._staged = gpus.pinned(_STAGED_BYTES)
         self._is_open = True
 

@@ -1,0 +1,238 @@
+"""A transport over GPUs is made on all ranks or on none, and ends by itself or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from fake_gpu import FakeGpus
+from fake_nccl import FakeNccl, mailbox
+
+from kvcoll.errors import (
+    ArgumentError,
+    CollectiveError,
+    DeviceError,
+    KVCollError,
+    MissingDependencyError,
+)
+from kvcoll.gpu.array import as_any
+from kvcoll.nccl import setup
+from kvcoll.nccl.transport import GpuTransport
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = pytest.mark.ranks(at_least=2)
+
+
+class Ranks:
+    """Fake GPUs and NCCL of this rank, on as many hosts as asked for."""
+
+    def __init__(self, comm: MPI.Intracomm, folder: Path, *, one_host: bool = True) -> None:
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        hosts = (0,) * comm.size if one_host else tuple(range(comm.size))
+        self.topology = Topology(comm.rank, hosts)
+        self.gpus = FakeGpus(1, [f"gpu-{comm.rank}"])
+        self.nccl = FakeNccl(self.gpus, folder)
+
+    def make(
+        self,
+        find: Callable[[], tuple[FakeGpus, FakeNccl]] | None = None,
+        *,
+        limit_s: float = 20,
+        tree: bool = False,
+    ) -> GpuTransport:
+        return setup.transport_for(
+            mpi.duplicate(self.comm, 30),
+            self.topology,
+            find or (lambda: (self.gpus, self.nccl)),
+            limit_s=limit_s,
+            tree=tree,
+            scratch_bytes=8 << 10,
+        )
+
+    def check_all_raise(self, make: Callable[[], object], kind: type[KVCollError]) -> str:
+        """Check that all ranks get an error of this kind, of one text; give the text."""
+        with pytest.raises(kind) as raised:
+            make()
+        assert type(raised.value) is kind
+        texts = self.comm.allgather(str(raised.value))
+        assert texts == [texts[0]] * self.size
+        return str(texts[0])
+
+
+@pytest.fixture
+def ranks(comm: MPI.Intracomm, host_of: tuple[int, ...]) -> Iterator[Ranks]:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    with mailbox(comm) as folder:
+        yield Ranks(comm, folder)
+
+
+def test_a_rank_that_finds_no_gpu_tells_all(ranks: Ranks) -> None:
+    def find() -> tuple[FakeGpus, FakeNccl]:
+        if ranks.rank == 1:
+            raise DeviceError("there is no NVIDIA driver here")
+        return ranks.gpus, ranks.nccl
+
+    text = ranks.check_all_raise(lambda: ranks.make(find), DeviceError)
+    assert text == "rank 1: there is no NVIDIA driver here"
+
+
+def test_a_library_that_is_missing_on_one_rank_is_missing_for_all(ranks: Ranks) -> None:
+    def find() -> tuple[FakeGpus, FakeNccl]:
+        if ranks.rank == ranks.size - 1:
+            raise MissingDependencyError("CuPy is not installed")
+        return ranks.gpus, ranks.nccl
+
+    text = ranks.check_all_raise(lambda: ranks.make(find), MissingDependencyError)
+    assert text == f"rank {ranks.size - 1}: CuPy is not installed"
+
+
+def test_two_ranks_on_one_gpu_are_one_error_on_all(ranks: Ranks) -> None:
+    gpus = FakeGpus(1, ["the only one"])
+    nccl = FakeNccl(gpus, None)
+    text = ranks.check_all_raise(lambda: ranks.make(lambda: (gpus, nccl)), DeviceError)
+    assert text.startswith("ranks 0 and 1 are both on GPU the only one")
+
+
+def test_an_id_that_cannot_be_made_is_told_before_anybody_waits_for_it(ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        ranks.nccl.id_error = "no socket interface found"
+    text = ranks.check_all_raise(ranks.make, CollectiveError)
+    assert text == "rank 0: ncclGetUniqueId: no socket interface found"
+    assert not ranks.nccl.open
+
+
+def test_a_rank_on_which_nccl_does_not_start_tells_all(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        ranks.nccl.init_error = "unhandled cuda error"
+    text = ranks.check_all_raise(lambda: ranks.make(limit_s=0.5), CollectiveError)
+    # The others wait for its member in vain; the lowest rank's error is told.
+    assert text.startswith(
+        "rank 0: NCCL has not brought the GPUs of this host together within 0.5 s"
+    )
+
+
+@pytest.mark.ranks(at_least=3)
+def test_trees_that_hosts_cannot_add_are_refused(comm: MPI.Intracomm, ranks: Ranks) -> None:
+    ranks.topology = Topology(comm.rank, tuple(k % 2 for k in range(comm.size)))
+    text = ranks.check_all_raise(lambda: ranks.make(tree=True), ArgumentError)
+    assert text.startswith("reproducible sums on GPUs need as many ranks on each host")
+
+
+def push(transport: GpuTransport, gpus: FakeGpus, n: int, value: float) -> float:
+    """Sum n elements of this value; give the first of the sum."""
+    array = transport.device.empty(n, np.float32, transport.stream)
+    gpus.write(array, np.full(n, value), transport.stream)
+    transport.all_reduce(as_any(array), as_any(array))
+    return float(gpus.read(array, transport.stream)[0])
+
+
+@pytest.mark.long
+def test_a_rank_that_does_not_come_to_a_sum_lets_the_others_fail_by_name(ranks: Ranks) -> None:
+    transport = ranks.make(limit_s=4)
+    expected = ranks.size * (ranks.size + 1) / 2
+    assert push(transport, ranks.gpus, 9, ranks.rank + 1) == expected
+    if ranks.rank > 0:
+        array = transport.device.empty(9, np.float32, transport.stream)
+        ranks.gpus.write(array, np.ones(9), transport.stream)
+        transport.all_reduce(as_any(array), as_any(array))
+        with pytest.raises(CollectiveError, match=r"all_reduce of float32\[9\] among .* aborted"):
+            transport.wait()
+        with pytest.raises(CollectiveError, match="was aborted"):
+            push(transport, ranks.gpus, 9, 1)
+    transport.end()
+    assert not ranks.nccl.open
+    ranks.comm.Barrier()
+
+
+def test_an_order_of_calls_that_differs_between_ranks_is_caught(ranks: Ranks) -> None:
+    transport = ranks.make(limit_s=5)
+    array = transport.device.empty(9, np.float32, transport.stream)
+    ranks.gpus.write(array, np.ones(9), transport.stream)
+
+    def call() -> None:
+        if ranks.rank == 0:
+            transport.broadcast(as_any(array))
+        transport.all_reduce(as_any(array), as_any(array))
+        if ranks.rank > 0:
+            transport.broadcast(as_any(array))
+        transport.wait()
+
+    with pytest.raises(CollectiveError, match="another rank"):
+        call()
+    transport.end()
+    assert not ranks.nccl.open
+
+
+@pytest.mark.long
+def test_segments_given_before_they_are_brought_are_caught(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = ranks.make(limit_s=5)
+    clique = transport._clique
+    if ranks.rank == 0:
+        exchange, give = clique.exchange, clique.give
+
+        def early(*arguments: object) -> object:
+            give({0: arguments[1][0]}, arguments[2])  # type: ignore[arg-type,index]
+            return exchange(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(clique, "exchange", early)
+    n = 40 << 10
+    array = transport.device.empty(2 * n, np.float32, transport.stream)
+    ranks.gpus.write(array, np.arange(2 * n), transport.stream)
+    source, out = array[:n], array[n:]
+    expected = np.arange(n) * ranks.size
+    try:
+        transport.all_reduce(as_any(source), as_any(out))
+        transport.wait()
+        wrong = bool((ranks.gpus.read(out, transport.stream) != expected).any())
+    except (CollectiveError, DeviceError):
+        wrong = True
+    assert any(ranks.comm.allgather(wrong))
+    transport.end()
+
+
+def test_a_transport_is_closed_once_and_leaves_nothing_open(ranks: Ranks) -> None:
+    transport = ranks.make()
+    assert push(transport, ranks.gpus, 4000, 1) == ranks.size
+    transport.close()
+    transport.end()
+    assert not ranks.nccl.open
+    ranks.gpus.finish()
+
+
+def test_one_rank_a_host_needs_no_nccl(comm: MPI.Intracomm, ranks: Ranks) -> None:
+    ranks.topology = Topology(comm.rank, tuple(range(comm.size)))
+    ranks.nccl.id_error = ranks.nccl.init_error = "there is no NCCL"
+    transport = ranks.make()
+    assert push(transport, ranks.gpus, 4000, ranks.rank + 1) == ranks.size * (ranks.size + 1) / 2
+    transport.close()
+    ranks.gpus.finish()
+
+
+def test_nothing_is_waited_for_on_one_host(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = ranks.make()
+    arrays = [transport.device.empty(4000, np.float32, transport.stream) for _ in range(5)]
+    for number, array in enumerate(arrays):
+        ranks.gpus.write(array, np.full(4000, number + ranks.rank), transport.stream)
+    with monkeypatch.context() as patched:
+        # Whoever waits for work on the GPU asks an event; the watch does so from beside.
+        patched.setattr(FakeGpus, "wait_for", None)
+        patched.setattr(FakeGpus, "seen_by_host", None)
+        for array in arrays:
+            transport.all_reduce(as_any(array), as_any(array))
+        transport.broadcast(as_any(arrays[0]), 1)
+    places = sum(range(ranks.size))
+    for number, array in enumerate(arrays):
+        total = ranks.gpus.read(array, transport.stream)
+        np.testing.assert_array_equal(total, np.full(4000, number * ranks.size + places))
+    transport.close()
+    ranks.gpus.finish()
