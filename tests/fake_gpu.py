@@ -80,7 +80,7 @@ class _Memory:
 
     def __init__(self, n_bytes: int, fill: int) -> None:
         whole = np.empty(n_bytes + _LINE_BYTES, np.uint8)
-        whole[: _SPOILED_BYTES] = fill
+        whole[:_SPOILED_BYTES] = fill
         offset = -int(whole.ctypes.data) % _LINE_BYTES
         self.raw = whole[offset : offset + n_bytes]
         self.start = int(whole.ctypes.data) + offset
