@@ -7,9 +7,10 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
-from fake_gpu import FakeGpus
 
 from kvcoll.gpu.array import DeviceArray, as_any, as_device
+from kvcoll.gpu.device import Gpus
+from kvcoll.gpu.staging import Staging
 from kvcoll.nccl.transport import GpuTransport
 from kvcoll.transport.contract import Exchange, Sink, Transport, Window
 
@@ -20,8 +21,9 @@ Array = npt.NDArray[Any]
 class OnHost(Transport):
     """What the shared suite of transports asks, asked of a transport over GPUs."""
 
-    def __init__(self, own: GpuTransport, gpus: FakeGpus) -> None:
-        self.topology, self.own, self.gpus = own.topology, own, gpus
+    def __init__(self, own: GpuTransport, gpus: Gpus) -> None:
+        self.topology, self.own = own.topology, own
+        self._staging = Staging(gpus, own.device, own.stream)
 
     def all_reduce(self, source: Array, out: Array) -> None:
         given = self.up(source)
@@ -84,8 +86,10 @@ class OnHost(Transport):
         """Copy to the GPU, at a place that suits the dtype and nothing longer."""
         room = self.own.device.empty(values.size + 1, values.dtype, self.own.stream)
         array = room[1:].reshape(values.shape)
-        self.gpus.write(array, values, self.own.stream)
+        self._staging.upload(values, array)
         return array
 
     def down(self, array: DeviceArray) -> Array:
-        return self.gpus.read(array, self.own.stream)
+        values = np.empty(array.shape, array.dtype)
+        self._staging.download(array, values)
+        return values

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
 from arrays_of import f32
+from fake_nccl import mailbox
 from raised_by_all import raised_by_all
 
 import kvcoll
@@ -27,17 +28,17 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def gpus(
     comm: Any,
     host_of: tuple[int, ...],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[AnyGpus]:
     if len(set(host_of)) > 1:
         pytest.skip("fake GPUs of several processes find one another on one machine")
-    own, nccl = gpus_and_nccl(comm.size, Path(comm.bcast(str(tmp_path))))
-    own.pump_in_background()
-    monkeypatch.setattr(on_gpus, "find", lambda: (own, nccl))
-    monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
-    yield own
-    check_closed(nccl)
+    with mailbox(comm) as folder:
+        own, nccl = gpus_and_nccl(comm.size, folder)
+        own.pump_in_background()
+        monkeypatch.setattr(on_gpus, "find", lambda: (own, nccl))
+        monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
+        yield own
+        check_closed(nccl)
     own.finish()
 
 

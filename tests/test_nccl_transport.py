@@ -1,4 +1,7 @@
-"""Sums over GPUs pass the contract of all transports, on fake GPUs that enforce CUDA's rules."""
+"""Sums over GPUs pass the contract of all transports, on fakes that enforce CUDA's rules.
+
+With KVCOLL_TEST_GPUS=real they do on the GPUs of the machine.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_gpu import FakeGpus
-from fake_nccl import FakeNccl, mailbox
+from any_gpus import check_closed, gpus_and_nccl, needs_kernels
+from fake_nccl import mailbox
 from on_host import OnHost
 from transport_contract import TransportContract
 
@@ -19,6 +22,9 @@ from kvcoll.transport.leg import LegSizes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +44,8 @@ def transport(
         pytest.skip("fake GPUs of several processes find one another on one machine")
     topology = Topology(comm.rank, own.hosts.get(comm.size, (0,) * comm.size))
     own.groups = topology.hosts
-    gpus = FakeGpus(own.gpus_a_rank, [f"{comm.rank}-{k}" for k in range(own.gpus_a_rank)])
     with mailbox(comm) as folder, pytest.MonkeyPatch.context() as patched:
-        nccl = FakeNccl(gpus, folder)
+        gpus, nccl = gpus_and_nccl(comm.size, folder)
         patched.setattr(LegSizes, "between_hosts", lambda *_: own.leg_sizes)
         made = setup.transport_for(
             mpi.duplicate(comm, 30),
@@ -53,8 +58,8 @@ def transport(
         )
         yield OnHost(made, gpus)
         made.close()
-    assert not nccl.open
-    gpus.finish()
+        check_closed(nccl)
+        gpus.finish()
 
 
 class OverGpus(TransportContract):
@@ -65,7 +70,6 @@ class OverGpus(TransportContract):
     scratch_bytes = 8 << 10
     small_bytes = 2 << 10
     edges_bytes: tuple[int, ...] = (1 << 10, 24 << 10)
-    gpus_a_rank = 1
     world: MPI.Intracomm
 
     def all_of(self, mine: bytes) -> list[bytes]:
@@ -85,7 +89,6 @@ class TestAsAStoreUsesIt(OverGpus):
     scratch_bytes = 4 << 20
     small_bytes = 256 << 10
     edges_bytes = (128 << 10,)
-    gpus_a_rank = 4
 
 
 @pytest.mark.ranks(at_least=2)
