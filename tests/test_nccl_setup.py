@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl, mailbox
+from host_kernel import needs_compiler
 
 from kvcoll.errors import (
     ArgumentError,
@@ -27,7 +28,7 @@ from kvcoll.transport import mpi
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.ranks(at_least=2)
+pytestmark = [pytest.mark.ranks(at_least=2), needs_compiler]
 
 
 class Ranks:
