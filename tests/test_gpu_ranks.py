@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,13 @@ def test_a_rank_without_a_gpu_is_an_error_on_all(
 def test_overlap_is_refused_by_name(gpus: AnyGpus) -> None:
     with pytest.raises(ArgumentError, match="a push of 'dist_device_sync' returns while"):
         kvcoll.create("dist_device_sync", overlap=True)
+
+
+def test_the_benchmark_measures_pushes_over_ranks(
+    gpus: AnyGpus, monkeypatch: pytest.MonkeyPatch, comm: Any
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    bench = importlib.import_module("gpu_bench")
+    rows = bench.measure_ranks(bench.Sizes(rounds=1, calls=1, sums=(5, 70_000)))
+    assert [row.n_bytes for row in rows] == [20, 280_000]
+    assert all(f"over {comm.size} ranks on" in row.name and row.time_s > 0 for row in rows)
