@@ -157,7 +157,7 @@ def _join(
     def init() -> Communicator:
         return _within(limit_s, lambda: nccl.init_rank(size, bytes(unique_id), rank, device))
 
-    return _on_all(comm, init, undo=Communicator.abort)
+    return _on_all(comm, init, undo=lambda made: made.abort())
 
 
 def _within(limit_s: float, make: Callable[[], T]) -> T:
