@@ -1287,7 +1287,10 @@ KeyKindError, ArrayError
             outputs: list[Any] = []
             rows: dict[int, list[RowSparse]] = {}
             if self._border is not None:
-                values = self._border.pushed(plan.given, plan.is_list, plan.places, value)
+                may_lie = plan.is_in_order and not self._has_lent
+                values = self._border.pushed(
+                    plan.given, plan.is_list, plan.places, value, may_lie=may_lie
+                )
                 is_own = False
                 if out is not _NO_OUTPUT:
                     outputs = self._border.outputs(plan.given, plan.is_list, out)

@@ -214,6 +214,22 @@ class FakeGpus(Gpus):
         array = value.device_array
         return DeviceArray(array.address, array.dtype, array.shape, array.device, value)
 
+    def addresses(
+        self,
+        values: Sequence[object],
+        device: int,
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype[Any]],
+        on: Stream,
+    ) -> list[int] | None:
+        arrays = [value for value in values if isinstance(value, FakeArray)]
+        own = [value.device_array for value in arrays]
+        fit = [a.shape for a in own] == shapes and [a.dtype for a in own] == dtypes
+        if len(own) < len(values) or not fit or any(a.device != device for a in own):
+            return None
+        on.wait(self.devices[device].current_stream().record())
+        return [a.address for a in own]
+
     def give_back(self, value: object, on: Stream) -> None:
         assert isinstance(value, FakeArray)
         self.devices[value.device_array.device].current_stream().wait(on.record())

@@ -71,6 +71,26 @@ class CupyGpus(Gpus):
             raise ArrayError(f"the output {array!r} is {why}: give one that can be written")
         return array if is_packed else self._packed(array, strides, on)
 
+    def addresses(
+        self,
+        values: Sequence[object],
+        device: int,
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype[Any]],
+        on: Stream,
+    ) -> list[int] | None:
+        """Ask CuPy's arrays, in few calls for all; see `Gpus.addresses`."""
+        if set(map(type, values)) != {self._cupy.ndarray}:
+            return None
+        arrays: Sequence[Any] = values
+        fit = [a.shape for a in arrays] == shapes and [a.dtype for a in arrays] == dtypes
+        if not fit or {a.device.id for a in arrays} != {device}:
+            return None
+        if not all(a.flags.c_contiguous for a in arrays):
+            return None
+        on.wait(self.devices[device].current_stream().record())
+        return [a.data.ptr for a in arrays]
+
     def give_back(self, value: object, on: Stream) -> None:
         """Let the current stream of the array's library wait; see `Gpus.give_back`."""
         event = on.record()
