@@ -112,7 +112,12 @@ def transport_for(
             flat, gpus, member, clique, order, crossing, watch, small_bytes=small_bytes
         )
 
-    return _on_all(comm, make)
+    try:
+        return _on_all(comm, make)
+    except Exception:  # of this rank or of another: nobody will use NCCL
+        if nccl_comm is not None:
+            nccl_comm.abort()
+        raise
 
 
 def is_level(topology: Topology) -> bool:
@@ -152,7 +157,7 @@ def _join(
     def init() -> Communicator:
         return _within(limit_s, lambda: nccl.init_rank(size, bytes(unique_id), rank, device))
 
-    return _on_all(comm, init)
+    return _on_all(comm, init, undo=lambda made: made.abort())
 
 
 def _within(limit_s: float, make: Callable[[], T]) -> T:
@@ -185,8 +190,13 @@ def _within(limit_s: float, make: Callable[[], T]) -> T:
     return made[0]
 
 
-def _on_all(comm: MPI.Intracomm, make: Callable[[], T]) -> T:
-    """Do on all ranks what may fail on some; all raise the error of the lowest that failed."""
+def _on_all(
+    comm: MPI.Intracomm, make: Callable[[], T], *, undo: Callable[[T], object] | None = None
+) -> T:
+    """Do on all ranks what may fail on some; all raise the error of the lowest that failed.
+
+    Where another rank has failed, `undo` gets what was made here.
+    """
     made: list[T] = []
     told = ""
     try:
@@ -195,6 +205,8 @@ def _on_all(comm: MPI.Intracomm, make: Callable[[], T]) -> T:
         told = json.dumps([name_of(error), text_of(error)])
     errors = [(rank, json.loads(text)) for rank, text in enumerate(comm.allgather(told)) if text]
     if errors:
+        if made and undo is not None:
+            undo(made[0])
         _raise(errors[0][0], *errors[0][1])
     return made[0]
 

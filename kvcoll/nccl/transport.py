@@ -76,7 +76,8 @@ class GpuTransport(Transport):
         self._small_bytes = small_bytes
         # Of the longest round: the part that this rank adds, before other hosts' are added, and
         # the sum that a sink gets.
-        n_bytes = clique.step(clique.size, 1)
+        self._n_rows = max(len(ranks) for ranks in self.topology.hosts)  # alike on all hosts
+        n_bytes = clique.step(self._n_rows, 1)
         of_host_bytes = 0 if crossing is None else n_bytes // clique.lanes
         self._of_host = self.device.empty(of_host_bytes, np.uint8, self.stream)
         self._total = self.device.empty(n_bytes, np.uint8, self.stream)
@@ -220,9 +221,9 @@ class GpuTransport(Transport):
         return self._is_one_host and fits
 
     def _step(self, source: DType, out: DType) -> int:
-        """Say how many elements a round has: rows, segments and sums fit their memory."""
+        """Say how many elements a round has, on all hosts alike: all fits its memory."""
         itemsize = max(source.itemsize, wide(out).itemsize)
-        return self._clique.step(self._clique.size, itemsize)
+        return self._clique.step(self._n_rows, itemsize)
 
     def _copy(self, source: DeviceArray, out: DeviceArray) -> None:
         if source.dtype != out.dtype:
