@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from .agreement import Agreement, Call, name_ranks
 from .arrays import Array, DType
 from .bucket import Bucket
+from .bucket import plan as plan_buckets
 from .compression import Compression
 from .compressor import Compressor
 from .errors import UpdaterError, text_of
@@ -56,6 +57,12 @@ class Push:
         self.has_small_floats = any(bucket.is_small_float for bucket in self.buckets)
         self.sparse = tuple(bucket for bucket in self.buckets if bucket.is_sparse)
         self.dense = tuple(bucket for bucket in self.buckets if not bucket.is_sparse)
+
+    @cached_property
+    def joined(self) -> tuple[Bucket, ...]:
+        """The same keys in as few buckets as can be, for what needs no memory to be packed."""
+        n_bytes = sum(entry.value.nbytes for entry in self.entries) + 1
+        return tuple(plan_buckets(self.entries, n_bytes, n_bytes))
 
 
 @final
@@ -436,7 +443,7 @@ class Engine:
         """Update from the arrays pushed, without packing them: as few launches as can be."""
         sums: Any = values.arrays if isinstance(values, ListsAt) else [own[0] for own in values]
         with self.home.joined():
-            for bucket in push.buckets:
+            for bucket in push.joined:
                 updater.update_each(bucket, sums[bucket.first : bucket.last])
 
     def _assign(self, bucket: Bucket, values: list[list[Array]], flags: int) -> None:

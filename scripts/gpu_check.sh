@@ -122,7 +122,7 @@ export KVCOLL_TEST_GPUS=real
 one=(tests/test_gpu_store.py tests/test_gpu_place.py)
 if has pytest && has ml_dtypes; then
     step tests.txt "tests on one GPU or all of one process" \
-        "$python" -m pytest -q -p no:cacheprovider "${one[@]}"
+        "$python" -m pytest -q -p no:cacheprovider -W default "${one[@]}"
 else
     skip "the tests" "pytest or ml_dtypes is not installed"
 fi
@@ -166,7 +166,7 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     if has pytest && has ml_dtypes; then
         step tests_ranks.txt "tests over $ranks ranks" \
-            "${launch[@]}" "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_ranks.py
+            "${launch[@]}" "$python" -m pytest -q -p no:cacheprovider -W default tests/test_gpu_ranks.py
     else
         skip "the tests over ranks" "pytest or ml_dtypes is not installed"
     fi

@@ -212,7 +212,7 @@ def test_own_arrays_and_views_are_on_the_gpu(kv: Any, gpus: AnyGpus) -> None:
     kv.init([1, 2], [gpus.array(f32([1, 2])), gpus.array(f32([3]))])
     grads = kv.empty([1, 2])
     assert kv.empty(1) is grads[0]
-    grads[0][...] = f32([5, 6])
+    grads[0][...] = gpus.array(f32([5, 6]))
     grads[1][...] = 7
     kv.push([1, 2], grads)
     views = kv.view([1, 2])
