@@ -77,7 +77,14 @@ class GpuBorder:
     # In ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Let what follows come after what the user has put on the current stream."""
+        """Let what follows come after what the user has put on the current stream.
+
+        Raises
+        ------
+        CollectiveError
+            What a push has left is not to be relied on: a sum has failed since.
+        """
+        self.place.patience.check()
         self.place.stream.wait(self.place.device.current_stream().record())
 
     def end(self) -> None:
@@ -209,6 +216,7 @@ class GpuBorder:
 
     def pull(self, entries: tuple[Entry, ...], is_list: bool, out: object) -> Any:
         """Fill outputs that are yet to be checked, or new arrays of the GPU."""
+        self.place.patience.check()
         if is_list and (lying := self._lying(entries, out)) is not None:
             for parts, places in self._layout(entries).parts():
                 self.place.copy_out(parts, lying if places is None else lying.some(places))

@@ -20,6 +20,7 @@ from .errors import DTypeMismatchError
 from .gpu.array import DeviceArray, as_any, as_device
 from .gpu.at import ArraysAt
 from .gpu.device import Device, Gpus, Stream
+from .gpu.patience import Patience, Trusting
 from .gpu.staging import Staging
 from .kernels.fused import kernel_of
 from .kernels.launcher import Launcher
@@ -60,6 +61,8 @@ class GpuPlace(Place):
         Where the store's values lie.
     stream : Stream, optional
         That of the transport, where there is one; by default a new one.
+    patience : Patience, optional
+        How the host waits for the GPU.
 
     Attributes
     ----------
@@ -69,11 +72,18 @@ class GpuPlace(Place):
 
     is_host = False
 
-    def __init__(self, gpus: Gpus, device: Device, stream: Stream | None = None) -> None:
+    def __init__(
+        self,
+        gpus: Gpus,
+        device: Device,
+        stream: Stream | None = None,
+        patience: Patience | None = None,
+    ) -> None:
         self.gpus, self.device = gpus, device
+        self.patience: Patience = Trusting() if patience is None else patience
         self.stream: Stream = device.stream() if stream is None else stream
         self.launcher = Launcher(gpus, device, self.stream)
-        self._staging = Staging(gpus, device, self.stream)
+        self._staging = Staging(gpus, device, self.stream, patience=self.patience)
         self._side_streams: dict[int, Stream] = {}  # of other GPUs, to write to their memory
         self._measured = Measured(self.empty_on_gpu, self.upload, self.download, self.launcher)
         self._is_joined = False

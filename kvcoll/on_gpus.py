@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .gpu.device import Gpus
     from .gpu.nccl import Nccl
+    from .gpu.patience import Patience
     from .gpu_border import GpuBorder
     from .gpu_place import GpuPlace
     from .nccl.transport import GpuTransport
@@ -72,8 +73,8 @@ def border_with_nccl(value: object) -> GpuBorder:
     from .nccl.watch import Watch
 
     gpus, nccl = find()
-    place = _place(gpus, _first(value))
     watch = Watch([], LIMIT_S, "rank 0 of 1")
+    place = _place(gpus, _first(value), watch)
     place.sums = own = OwnGpus(gpus, nccl, place.device, place.stream, watch)
     _ends.append(lambda: own.end(ended=watch.end()))
     return GpuBorder(place)
@@ -93,7 +94,7 @@ def join(comm: MPI.Intracomm, topology: Topology, *, tree: bool) -> tuple[GpuTra
 
     transport = setup.transport_for(comm, topology, find, tree=tree)
     _open.add(transport)
-    return transport, GpuBorder(GpuPlace(find_gpus(), transport.device, transport.stream))
+    return transport, GpuBorder(GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch))
 
 
 def end_all() -> None:
@@ -104,7 +105,7 @@ def end_all() -> None:
         _ends.pop()()
 
 
-def _place(gpus: Gpus, first: object) -> GpuPlace:
+def _place(gpus: Gpus, first: object, patience: Patience | None = None) -> GpuPlace:
     from .gpu_place import GpuPlace
 
     if not gpus.devices:
@@ -113,7 +114,7 @@ def _place(gpus: Gpus, first: object) -> GpuPlace:
     if gpus.is_on_gpu(first):
         own = gpus.devices[0].stream()
         number = gpus.adopt(first, own).device
-    return GpuPlace(gpus, gpus.devices[number])
+    return GpuPlace(gpus, gpus.devices[number], patience=patience)
 
 
 def _first(value: object) -> object:
