@@ -8,7 +8,7 @@ current stream comes after what a call has done with its arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast, final
 
 import numpy as np
@@ -71,8 +71,20 @@ class GpuBorder:
 
     def __init__(self, place: GpuPlace) -> None:
         self.place = place
+        #: Gives back what else than memory the store has taken.
+        self.let_go: Callable[[], None] = _nothing
         self._layouts: dict[int, _Layout] = {}  # by the id of the keys, which they keep
         self._taken: list[object] = []  # what of the user's the stream may still use
+
+    def finish(self) -> None:
+        """Wait for all that was put on the store's stream; raise what has failed there."""
+        self.place.patience.wait(self.place.stream.record())
+
+    def close(self) -> None:
+        """Let go of all; the store is of no use any more."""
+        self._layouts.clear()
+        self._taken.clear()
+        self.let_go()
 
     # In ---------------------------------------------------------------------------
 
@@ -333,3 +345,7 @@ class GpuBorder:
 
     def _down(self, source: Array, out: Array) -> None:
         self.place.download(as_device(source), out)
+
+
+def _nothing() -> None:
+    pass

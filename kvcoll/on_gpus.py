@@ -76,8 +76,16 @@ def border_with_nccl(value: object) -> GpuBorder:
     watch = Watch([], LIMIT_S, "rank 0 of 1")
     place = _place(gpus, _first(value), watch)
     place.sums = own = OwnGpus(gpus, nccl, place.device, place.stream, watch)
-    _ends.append(lambda: own.end(ended=watch.end()))
-    return GpuBorder(place)
+    border = GpuBorder(place)
+
+    def let_go() -> None:
+        if let_go in _ends:
+            _ends.remove(let_go)
+            own.end(ended=watch.end())
+
+    _ends.append(let_go)
+    border.let_go = let_go
+    return border
 
 
 def join(comm: MPI.Intracomm, topology: Topology, *, tree: bool) -> tuple[GpuTransport, GpuBorder]:
@@ -94,15 +102,17 @@ def join(comm: MPI.Intracomm, topology: Topology, *, tree: bool) -> tuple[GpuTra
 
     transport = setup.transport_for(comm, topology, find, tree=tree)
     _open.add(transport)
-    return transport, GpuBorder(GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch))
+    return transport, GpuBorder(
+        GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch)
+    )
 
 
 def end_all() -> None:
     """Let go of NCCL where stores are still open as the process ends; never waits long."""
     for transport in list(_open):
         transport.end()
-    while _ends:
-        _ends.pop()()
+    for let_go in list(_ends):
+        let_go()
 
 
 def _place(gpus: Gpus, first: object, patience: Patience | None = None) -> GpuPlace:

@@ -528,7 +528,7 @@ KeyKindError, ArrayError
         """Wait until all pushes of keys are applied to this rank's replica; nothing is sent.
 
         Needed only where pushes overlap with what their callers do (see `create`), and
-        values are read from `view`: a pull waits by itself.
+        values are read from `view`: a pull waits by itself. On a GPU it waits for the GPU.
 
         Parameters
         ----------
@@ -547,6 +547,8 @@ KeyKindError, ArrayError
                 self._launch.drain()
             else:
                 self._launch.wait(self._plan(key).given)
+            if self._border is not None:
+                self._border.finish()
 
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull.
@@ -974,7 +976,8 @@ KeyKindError, ArrayError
         """
         with self._guard:
             with self._checked("barrier()"):
-                pass
+                if self._border is not None:
+                    self._border.finish()
             self._agreement.confirm(_BARRIER)
 
     def _barrier(self) -> None:
@@ -1185,6 +1188,8 @@ KeyKindError, ArrayError
         self._replica.clear()
         self._launch.stop()
         self._engine.close()
+        if self._border is not None:
+            self._border.close()
 
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[Any]:
         with self._checked("init()"):

@@ -240,6 +240,26 @@ def test_an_updater_may_keep_what_it_was_given_and_push_it(kv: Any, gpus: AnyGpu
     assert kv.pull(1).get().tolist() == [1 + 1 + 2, 1 + 2 + 4]
 
 
+@pytest.mark.parametrize("call", ["wait", "barrier"])
+def test_who_waits_waits_for_the_gpu(kv: Any, gpus: AnyGpus, call: str) -> None:
+    kv.init(1, gpus.array(f32([1, 2])))
+    kv.push(1, gpus.array(f32([3, 4])))
+    place, entry = kv._border.place, kv._replica.entries[1]
+    seen = gpus.pinned(8).view(np.float32)
+    place.device.download(entry.flat, seen, place.stream)
+    (kv.wait if call == "wait" else kv.barrier)()
+    assert seen.tolist() == [3, 4]
+
+
+def test_a_closed_store_has_given_back_its_communicators(gpus: AnyGpus, nccl: Nccl) -> None:
+    value = np.ones(200_000, np.float32)
+    with kvcoll.create("nccl") as kv:
+        kv.init(1, value)
+        kv.push(1, [gpus.array(value, k) for k in range(2)])
+        assert kv.pull(1, out=value)[0] == 2
+    check_closed(nccl)
+
+
 def test_mistakes_are_named_and_nothing_is_applied(kv: Any, gpus: AnyGpus) -> None:
     kv.init(1, gpus.array(f32([1, 2])))
     rows = kvcoll.RowSparse(np.ones((1, 2), np.float32), np.array([0]), (2, 2))
