@@ -94,7 +94,9 @@ def join(comm: MPI.Intracomm, topology: Topology, *, tree: bool) -> tuple[GpuTra
 
     transport = setup.transport_for(comm, topology, find, tree=tree)
     _open.add(transport)
-    return transport, GpuBorder(GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch))
+    return transport, GpuBorder(
+        GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch)
+    )
 
 
 def end_all() -> None:
