@@ -169,6 +169,7 @@ class GpuBorder:
         may_lie : bool
             Whether arrays may stay where they are, all known by their addresses.
         """
+        self.place.patience.check()
         if may_lie and is_list and (lying := self._lying(given, value)) is not None:
             return cast("list[list[Array]]", ListsAt(lying))
         lists = one_per_key([entry.spec.key for entry in given], is_list, value, "values")

@@ -347,6 +347,11 @@ KeyKindError, ArrayError
         KeyNotFoundError, ShapeMismatchError, DTypeMismatchError, ArgumentError, \
 KeyKindError, ArrayError
             A mistake of this rank; raised here only, as nothing is sent.
+
+        Notes
+        -----
+        Of values on a GPU new arrays are CuPy's. Outputs may lie on the host too, which waits for
+        the GPU; those on a GPU are filled in the order of its current stream.
         """
         with self._reading:
             plan = self._plan(key)
@@ -617,9 +622,9 @@ KeyKindError, ArrayError
         updater : callable
             ``updater(key, input, stored)`` changes the array `stored` in place, given
             the sum in `input`, which it may overwrite; a `RowSparse` where only rows were
-            pushed, while `stored` is an array even so. It must do the same on every
-            rank. If it raises, the push raises, and all replicas are set to the values
-            of the lowest rank on which it did not.
+            pushed, while `stored` is an array even so. On a GPU both are CuPy's. It must do
+            the same on every rank. If it raises, the push raises, and all replicas are set to
+            the values of the lowest rank on which it did not.
 
         Raises
         ------
