@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from .arrays import DType, is_small_float, wide
+import numpy as np
+
+from .arrays import Array, DType, is_small_float, wide
 from .replica import Chunk, Entry
 
 # Many small keys make one message; a key of this size is all bandwidth by itself, and
@@ -65,6 +68,16 @@ class Bucket:
     first: int
     last: int
     is_sparse: bool = False
+
+    @cached_property
+    def starts(self) -> Array:
+        """Where each member begins, in elements."""
+        return np.array([member.start for member in self.members], np.int64)
+
+    @cached_property
+    def sizes(self) -> Array:
+        """How many elements each member has."""
+        return np.array([member.stop - member.start for member in self.members], np.int64)
 
 
 def plan(

@@ -173,7 +173,11 @@ def create(
     ArgumentError
         The name is not known, or `comm` is no communicator for this.
     MissingDependencyError
-        A distributed store, and mpi4py or an MPI library is not installed.
+        A distributed store, and mpi4py or an MPI library is not installed; a store on GPUs, and
+        CuPy or NCCL is not.
+    DeviceError, CollectiveError
+        A store on GPUs: there is no GPU, the driver or NCCL is too old, two ranks would share a
+        GPU, or NCCL does not bring the ranks' GPUs together; the same error on all ranks.
     LaunchError
         The job was started by the launcher of another MPI.
     ThreadError

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import final
+from functools import cached_property, partial
+from typing import Any, final
 
 import numpy as np
 
 from .agreement import Agreement, Call, name_ranks
 from .arrays import Array, DType
 from .bucket import Bucket
+from .bucket import plan as plan_buckets
 from .compression import Compression
 from .compressor import Compressor
 from .errors import UpdaterError, WaitEndedError, text_of
+from .gpu.at import ListsAt
 from .packing import as_flat, pack_into, wants_wide
 from .place import HOST, Place
 from .replica import Chunk, Entry
@@ -55,6 +57,12 @@ class Push:
         self.has_small_floats = any(bucket.is_small_float for bucket in self.buckets)
         self.sparse = tuple(bucket for bucket in self.buckets if bucket.is_sparse)
         self.dense = tuple(bucket for bucket in self.buckets if not bucket.is_sparse)
+
+    @cached_property
+    def joined(self) -> tuple[Bucket, ...]:
+        """The same keys in as few buckets as can be, for what needs no memory to be packed."""
+        n_bytes = sum(entry.value.nbytes for entry in self.entries) + 1
+        return tuple(plan_buckets(self.entries, n_bytes, n_bytes))
 
 
 @final
@@ -323,6 +331,9 @@ class Engine:
             return
         try:
             totals = iter(self.sum_rows(push, rows) if push.sparse else ())
+            if self._needs_no_sum(push, values):
+                self._update_each(push, values, updater)
+                buckets = ()
             if self.apart:
                 sums = self._sum_all(buckets, values, flags)
                 self.is_whole = False
@@ -507,8 +518,6 @@ class Engine:
             updater.begin(bucket)(0, bucket.n_elements, total)
         elif self._compressor is not None:
             self._compressor.sum(bucket, self._compressor.packed(bucket), updater.begin(bucket))
-        elif self._needs_no_sum(bucket, values):
-            self._update_each(bucket, values, updater.begin(bucket))
         elif updater.assigns and not flags & _PLAIN:
             for run in bucket.runs:
                 if run.start < run.stop:
@@ -520,22 +529,25 @@ class Engine:
         else:
             self._sum_pieces(bucket, values, flags, updater.begin(bucket))
 
-    def _needs_no_sum(self, bucket: Bucket, values: list[list[Array]]) -> bool:
-        """Say whether values on a GPU are the sum already, each where it lies."""
+    def _needs_no_sum(self, push: Push, values: list[list[Array]]) -> bool:
+        """Say whether values on a GPU are the sums already, each where it lies."""
         if self.home.is_host or self._transport.topology.size > 1:
             return False
-        own = values[bucket.first : bucket.last]
+        if isinstance(values, ListsAt):
+            return True
         return all(
-            len(arrays) == 1 and arrays[0].dtype == bucket.dtype and self.home.is_flat(arrays[0])
-            for arrays in own
+            len(arrays) == 1
+            and arrays[0].dtype is entry.spec.dtype
+            and self.home.is_flat(arrays[0])
+            for arrays, entry in zip(values, push.entries, strict=True)
         )
 
-    def _update_each(self, bucket: Bucket, values: list[list[Array]], sink: Sink) -> None:
-        """Update a bucket from the arrays pushed, without packing them: one launch."""
+    def _update_each(self, push: Push, values: list[list[Array]], updater: Updater) -> None:
+        """Update from the arrays pushed, without packing them: as few launches as can be."""
+        sums: Any = values.arrays if isinstance(values, ListsAt) else [own[0] for own in values]
         with self.home.joined():
-            for _, position, start, stop in bucket.members:
-                if start < stop:
-                    sink(start, stop, values[position][0].reshape(-1))
+            for bucket in push.joined:
+                updater.update_each(bucket, sums[bucket.first : bucket.last])
 
     def _assign(self, bucket: Bucket, values: list[list[Array]], flags: int) -> None:
         """Sum one bucket where its values lie."""

@@ -8,19 +8,23 @@ current stream comes after what a call has done with its arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeAlias, final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast, final
+
+import numpy as np
 
 from .arrays import Array, as_array, as_output, native
 from .errors import ArgumentError
 from .gpu.array import DeviceArray, as_any, as_device
+from .gpu.at import ArraysAt, ListsAt
 from .gpu_place import GpuPlace
-from .place import HOST
+from .place import HOST, Parts
 from .replica import Chunk, Entry
 from .schema import Key, Spec, one_per_key
 from .sparse import RowSparse
 from .updater import Optimize, Updater
 
+_MOST_LAYOUTS = 4096
 _ROWS = "row-sparse values lie on the host: take a store there ('local', 'dist_sync')"
 
 
@@ -35,6 +39,28 @@ Outputs: TypeAlias = "list[GpuOutput]"
 
 
 @final
+class _Layout:
+    """What a list of keys holds, and where."""
+
+    def __init__(self, given: tuple[Entry, ...]) -> None:
+        self.given = given
+        self.shapes = [entry.spec.shape for entry in given]
+        self.dtypes = [entry.spec.dtype for entry in given]
+        starts = np.array([entry.start for entry in given], np.int64)
+        sizes = np.array([entry.spec.n_elements for entry in given], np.int64)
+        self._chunks: list[tuple[Chunk, Array, Array, Array | None]] = []
+        for chunk in dict.fromkeys(entry.chunk for entry in given):
+            own = np.array([k for k, e in enumerate(given) if e.chunk is chunk], np.int64)
+            whole = own.size == len(given)
+            self._chunks.append((chunk, starts[own], sizes[own], None if whole else own))
+
+    def parts(self) -> Iterator[tuple[Parts, Array | None]]:
+        """Give for each chunk where its keys are, and their places in the list; None for all."""
+        for chunk, starts, sizes, places in self._chunks:
+            yield Parts(chunk.flat, starts, sizes), places
+
+
+@final
 class GpuBorder:
     """The border of one store.
 
@@ -45,12 +71,32 @@ class GpuBorder:
 
     def __init__(self, place: GpuPlace) -> None:
         self.place = place
+        #: Gives back what else than memory the store has taken.
+        self.let_go: Callable[[], None] = _nothing
+        self._layouts: dict[int, _Layout] = {}  # by the id of the keys, which they keep
         self._taken: list[object] = []  # what of the user's the stream may still use
+
+    def finish(self) -> None:
+        """Wait for all that was put on the store's stream; raise what has failed there."""
+        self.place.patience.wait(self.place.stream.record())
+
+    def close(self) -> None:
+        """Let go of all; the store is of no use any more."""
+        self._layouts.clear()
+        self._taken.clear()
+        self.let_go()
 
     # In ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Let what follows come after what the user has put on the current stream."""
+        """Let what follows come after what the user has put on the current stream.
+
+        Raises
+        ------
+        CollectiveError
+            What a push has left is not to be relied on: a sum has failed since.
+        """
+        self.place.patience.check()
         self.place.stream.wait(self.place.device.current_stream().record())
 
     def end(self) -> None:
@@ -100,7 +146,13 @@ class GpuBorder:
         return spec, array
 
     def pushed(
-        self, given: Sequence[Entry], is_list: bool, places: Sequence[int], value: object
+        self,
+        given: tuple[Entry, ...],
+        is_list: bool,
+        places: Sequence[int],
+        value: object,
+        *,
+        may_lie: bool,
     ) -> list[list[Array]]:
         """Check what is pushed, and sort it by place in the plan.
 
@@ -114,7 +166,12 @@ class GpuBorder:
             For each of the list its place in the plan.
         value : object
             As the user gave it.
+        may_lie : bool
+            Whether arrays may stay where they are, all known by their addresses.
         """
+        self.place.patience.check()
+        if may_lie and is_list and (lying := self._lying(given, value)) is not None:
+            return cast("list[list[Array]]", ListsAt(lying))
         lists = one_per_key([entry.spec.key for entry in given], is_list, value, "values")
         values: list[list[Array]] = [[] for _ in range(max(places, default=-1) + 1)]
         self.begin()
@@ -170,8 +227,14 @@ class GpuBorder:
                 place.download(as_device(entry.value), target)
         self.end()
 
-    def pull(self, entries: Sequence[Entry], is_list: bool, out: object) -> Any:
+    def pull(self, entries: tuple[Entry, ...], is_list: bool, out: object) -> Any:
         """Fill outputs that are yet to be checked, or new arrays of the GPU."""
+        self.place.patience.check()
+        if is_list and (lying := self._lying(entries, out)) is not None:
+            for parts, places in self._layout(entries).parts():
+                self.place.copy_out(parts, lying if places is None else lying.some(places))
+            self.end()
+            return out
         self.begin()
         if out is not None:
             self.fill(self.outputs(entries, is_list, out))
@@ -211,6 +274,29 @@ class GpuBorder:
             Always.
         """
         raise ArgumentError(_ROWS)
+
+    def _lying(self, given: tuple[Entry, ...], value: object) -> ArraysAt | None:
+        """Take a list of arrays by their addresses, if they are just as the keys hold."""
+        if type(value) not in (list, tuple):
+            return None
+        values = cast("Sequence[object]", value)
+        layout, place = self._layout(given), self.place
+        if len(values) != len(given) or not given:
+            return None
+        device, stream = place.device.index, place.stream
+        found = place.gpus.addresses(values, device, layout.shapes, layout.dtypes, stream)
+        if found is None:
+            return None
+        addresses = np.array(found, np.int64)
+        return ArraysAt(addresses, layout.dtypes, layout.shapes, device, values)
+
+    def _layout(self, given: tuple[Entry, ...]) -> _Layout:
+        layout = self._layouts.get(id(given))
+        if layout is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[id(given)] = _Layout(given)
+        return layout
 
     # To the host and back -----------------------------------------------------------
 
@@ -260,3 +346,7 @@ class GpuBorder:
 
     def _down(self, source: Array, out: Array) -> None:
         self.place.download(as_device(source), out)
+
+
+def _nothing() -> None:
+    pass

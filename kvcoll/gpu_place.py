@@ -18,20 +18,22 @@ import numpy as np
 from .arrays import Array, DType, wide
 from .errors import DTypeMismatchError
 from .gpu.array import DeviceArray, as_any, as_device
+from .gpu.at import ArraysAt
 from .gpu.device import Device, Gpus, Stream
+from .gpu.patience import Patience, Trusting
 from .gpu.staging import Staging
-from .kernels.fused import kernel_of, layout_of
+from .kernels.fused import kernel_of
 from .kernels.launcher import Launcher
 from .kernels.measured import Measured
 from .kernels.moves import ADDED, MOVED, added, code_of, moved
 from .kernels.prelude import is_known
 from .kernels.steps import trace_step
-from .kernels.table import Piece, rows_of
-from .kernels.trace import Traced, UntraceableError
+from .kernels.table import Chained, Piece, columns_of, joined, rows_of
+from .kernels.trace import Program, Traced, UntraceableError
 from .optimizer.base import PIECE_ELEMENTS, Optimizer
 from .optimizer.layerwise import LayerWise
 from .optimizer.step import Step
-from .place import Place, Update
+from .place import Parts, Place, Update, UpdateEach
 from .schema import Spec
 
 
@@ -59,6 +61,8 @@ class GpuPlace(Place):
         Where the store's values lie.
     stream : Stream, optional
         That of the transport, where there is one; by default a new one.
+    patience : Patience, optional
+        How the host waits for the GPU.
 
     Attributes
     ----------
@@ -68,16 +72,25 @@ class GpuPlace(Place):
 
     is_host = False
 
-    def __init__(self, gpus: Gpus, device: Device, stream: Stream | None = None) -> None:
+    def __init__(
+        self,
+        gpus: Gpus,
+        device: Device,
+        stream: Stream | None = None,
+        patience: Patience | None = None,
+    ) -> None:
         self.gpus, self.device = gpus, device
+        self.patience: Patience = Trusting() if patience is None else patience
         self.stream: Stream = device.stream() if stream is None else stream
         self.launcher = Launcher(gpus, device, self.stream)
-        self._staging = Staging(gpus, device, self.stream)
+        self._staging = Staging(gpus, device, self.stream, patience=self.patience)
         self._side_streams: dict[int, Stream] = {}  # of other GPUs, to write to their memory
         self._measured = Measured(self.empty_on_gpu, self.upload, self.download, self.launcher)
         self._is_joined = False
         self._moves: list[tuple[DeviceArray, DeviceArray]] = []
+        self._copies: list[tuple[Sequence[Array], Parts]] = []
         self._updates: list[tuple[Optimizer, Update]] = []
+        self._updates_each: list[tuple[Optimizer, UpdateEach]] = []
         self._told: set[type[Optimizer]] = set()
         self.sums: SumsOverGpus | None = None
 
@@ -244,41 +257,55 @@ class GpuPlace(Place):
         if not self._is_joined:
             self._do_updates()
 
+    def update_each(self, optimizer: Optimizer, work: Sequence[UpdateEach]) -> None:
+        """Apply steps in one kernel, which takes each gradient where it lies."""
+        self._updates_each += [(optimizer, update) for update in work]
+        if not self._is_joined:
+            self._do_updates()
+
     def _do_updates(self) -> None:
-        updates, self._updates = self._updates, []
-        groups: dict[tuple[int, DType], list[Update]] = {}
-        optimizers: dict[int, Optimizer] = {}
-        for optimizer, update in updates:
+        """Put on the stream what waits, the steps of each optimizer and dtype together."""
+        groups: dict[tuple[int, DType], tuple[Optimizer, list[Update], list[UpdateEach]]] = {}
+        for optimizer, update in self._updates:
             if update.weight.size:
-                optimizers[id(optimizer)] = optimizer
-                groups.setdefault((id(optimizer), update.weight.dtype), []).append(update)
-        for (number, dtype), work in groups.items():
-            optimizer = optimizers[number]
+                own = (id(optimizer), update.weight.dtype)
+                groups.setdefault(own, (optimizer, [], []))[1].append(update)
+        for optimizer, each in self._updates_each:
+            own = (id(optimizer), each.weight.flat.dtype)
+            groups.setdefault(own, (optimizer, [], []))[2].append(each)
+        self._updates, self._updates_each = [], []
+        for (_, dtype), (optimizer, work, apart) in groups.items():
             try:
                 if isinstance(optimizer, LayerWise):
                     work = self._measured.with_trust(optimizer, dtype, work)
-                self._update_fused(optimizer, dtype, work)
+                self._update_fused(optimizer, dtype, [*map(_as_each, work), *apart])
             except UntraceableError as error:
+                work += [update for each in apart for update in _singly(each)]
                 self._update_by_operations(optimizer, dtype, work, error)
 
-    def _update_fused(self, optimizer: Optimizer, dtype: DType, work: Sequence[Update]) -> None:
+    def _update_fused(self, optimizer: Optimizer, dtype: DType, work: Sequence[UpdateEach]) -> None:
         traced: dict[Step, Traced] = {}
-        launches: dict[Any, list[tuple[Update, Traced]]] = {}
+        launches: dict[Program, list[tuple[UpdateEach, Traced]]] = {}
         for update in work:
             if update.step not in traced:
                 traced[update.step] = trace_step(optimizer, dtype, update.step)
             own = traced[update.step]
             launches.setdefault(own.program, []).append((update, own))
         for program, updates in launches.items():
-            pieces, reads, writes = [], list[DeviceArray](), list[DeviceArray]()
-            for update, own in updates:
-                arrays = [as_device(array) for array in _arrays_of(update)]
-                pieces.append(Piece(arrays[0].size, [*(a.address for a in arrays), *own.numbers]))
-                stored = {k for k, _ in program.stores}
-                reads += arrays
-                writes += [array for k, array in enumerate(arrays) if k in stored]
-            table = rows_of(layout_of(program), pieces)
-            self.launcher.launch(kernel_of(program), table, reads=reads, writes=writes)
+            tables, reads, writes = [], list[Sequence[DeviceArray]](), list[DeviceArray]()
+            stored = {k for k, _ in program.stores}
+            for (weight, states, grads, _), own in updates:
+                flats = [as_device(array) for array in (weight.flat, *states)]
+                bases = [flat.address + weight.starts * flat.itemsize for flat in flats]
+                columns = [bases[0], _addresses(grads), *bases[1:]]
+                tables.append(columns_of(weight.sizes, columns, own.numbers))
+                extents = [_extent(flat, weight) for flat in flats]
+                reads += [extents, _devices(grads)]
+                numbered = enumerate([extents[0], None, *extents[1:]])  # the gradient is only read
+                writes += [flat for k, flat in numbered if flat is not None and k in stored]
+            self.launcher.launch(
+                kernel_of(program), joined(tables), reads=Chained(reads), writes=writes
+            )
 
     def _update_by_operations(
         self, optimizer: Optimizer, dtype: DType, work: Sequence[Update], error: UntraceableError
@@ -317,6 +344,38 @@ class GpuPlace(Place):
         finally:
             self.stream.wait(self.device.current_stream().record())
 
+    def copy_each(self, sources: Sequence[Array], outs: Parts) -> None:
+        """Copy in one kernel, from wherever each lies on this GPU."""
+        self._copies.append((sources, outs))
+        if not self._is_joined:
+            self._do_copies()
+
+    def copy_out(self, sources: Parts, outs: ArraysAt) -> None:
+        """Copy parts of flat memory, each to where an array lies on this GPU, in one kernel."""
+        flat = as_device(sources.flat)
+        starts = flat.address + sources.starts * flat.itemsize
+        table = columns_of(sources.sizes, [starts, outs.addresses], ())
+        kernel = moved(flat.dtype, flat.dtype)
+        self.launcher.launch(kernel, table, reads=[_extent(flat, sources)], writes=outs)
+
+    def _do_copies(self) -> None:
+        copies, self._copies = self._copies, []
+        groups: dict[tuple[DType, DType], list[tuple[Sequence[Array], Parts]]] = {}
+        for sources, outs in copies:
+            if len(sources):
+                own = (sources[0].dtype, outs.flat.dtype)
+                groups.setdefault(own, []).append((sources, outs))
+        for (dtype, other), own_copies in groups.items():
+            tables, reads, writes = [], list[Sequence[DeviceArray]](), list[DeviceArray]()
+            for sources, outs in own_copies:
+                flat = as_device(outs.flat)
+                targets = flat.address + outs.starts * flat.itemsize
+                tables.append(columns_of(outs.sizes, [_addresses(sources), targets], ()))
+                reads.append(_devices(sources))
+                writes.append(_extent(flat, outs))
+            kernel = moved(dtype, other)
+            self.launcher.launch(kernel, joined(tables), reads=Chained(reads), writes=writes)
+
     @contextmanager
     def joined(self) -> Iterator[None]:
         """Put copies and updates on the stream at the end, in few launches."""
@@ -324,12 +383,40 @@ class GpuPlace(Place):
         try:
             yield
             self._do_moves()
+            self._do_copies()
             self._do_updates()
         finally:
             self._is_joined = False
-            self._moves.clear()
-            self._updates.clear()
+            for waiting in (self._moves, self._copies, self._updates, self._updates_each):
+                waiting.clear()
 
 
 def _arrays_of(update: Update) -> list[Array]:
     return [update.weight, update.grad, *update.states]
+
+
+def _as_each(update: Update) -> UpdateEach:
+    weight = Parts(update.weight, np.zeros(1, np.int64), np.array([update.weight.size], np.int64))
+    return UpdateEach(weight, update.states, [update.grad], update.step)
+
+
+def _singly(each: UpdateEach) -> Iterator[Update]:
+    states = [Parts(flat, each.weight.starts, each.weight.sizes) for flat in each.states]
+    for weight, grad, *own in zip(each.weight, each.grads, *states, strict=True):
+        yield Update(weight, grad.reshape(-1), own, each.step)
+
+
+def _addresses(arrays: Any) -> Array:
+    if isinstance(arrays, ArraysAt):
+        return arrays.addresses
+    return np.array([array.address for array in arrays], np.int64)
+
+
+def _devices(arrays: Any) -> Sequence[DeviceArray]:
+    own: Sequence[DeviceArray] = arrays
+    return own
+
+
+def _extent(flat: DeviceArray, parts: Parts) -> DeviceArray:
+    """Give the memory from the lowest part to the end of the highest."""
+    return flat[int(parts.starts.min()) : int((parts.starts + parts.sizes).max())]

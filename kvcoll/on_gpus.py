@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .gpu.device import Gpus
     from .gpu.nccl import Nccl
+    from .gpu.patience import Patience
     from .gpu_border import GpuBorder
     from .gpu_place import GpuPlace
     from .nccl.transport import GpuTransport
@@ -73,11 +74,19 @@ def border_with_nccl(value: object) -> GpuBorder:
     from .nccl.watch import Watch
 
     gpus, nccl = find()
-    place = _place(gpus, _first(value))
     watch = Watch([], LIMIT_S, "rank 0 of 1")
+    place = _place(gpus, _first(value), watch)
     place.sums = own = OwnGpus(gpus, nccl, place.device, place.stream, watch)
-    _ends.append(lambda: own.end(ended=watch.end()))
-    return GpuBorder(place)
+    border = GpuBorder(place)
+
+    def let_go() -> None:
+        if let_go in _ends:
+            _ends.remove(let_go)
+            own.end(ended=watch.end())
+
+    _ends.append(let_go)
+    border.let_go = let_go
+    return border
 
 
 def join(
@@ -96,18 +105,20 @@ def join(
 
     transport = setup.transport_for(comm, topology, find, losses, tree=tree)
     _open.add(transport)
-    return transport, GpuBorder(GpuPlace(find_gpus(), transport.device, transport.stream))
+    return transport, GpuBorder(
+        GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch)
+    )
 
 
 def end_all() -> None:
     """Let go of NCCL where stores are still open as the process ends; never waits long."""
     for transport in list(_open):
         transport.end()
-    while _ends:
-        _ends.pop()()
+    for let_go in list(_ends):
+        let_go()
 
 
-def _place(gpus: Gpus, first: object) -> GpuPlace:
+def _place(gpus: Gpus, first: object, patience: Patience | None = None) -> GpuPlace:
     from .gpu_place import GpuPlace
 
     if not gpus.devices:
@@ -116,7 +127,7 @@ def _place(gpus: Gpus, first: object) -> GpuPlace:
     if gpus.is_on_gpu(first):
         own = gpus.devices[0].stream()
         number = gpus.adopt(first, own).device
-    return GpuPlace(gpus, gpus.devices[number])
+    return GpuPlace(gpus, gpus.devices[number], patience=patience)
 
 
 def _first(value: object) -> object:

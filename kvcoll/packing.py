@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from .arrays import Array, DType, sum_in_order
 from .bucket import Bucket
-from .place import HOST, Place
+from .gpu.at import ListsAt
+from .place import HOST, Parts, Place
 from .replica import Entry
 
 
@@ -48,6 +50,10 @@ def pack_into(
     place : Place, optional
         Where all of them lie.
     """
+    if isinstance(values, ListsAt):
+        own: Any = values.arrays[bucket.first : bucket.last]
+        place.copy_each(own, Parts(packed, bucket.starts, bucket.sizes))
+        return
     if not place.is_host:
         lists = [values[member.position] for member in bucket.members]
         place.add_lists(lists, [packed[member.start : member.stop] for member in bucket.members])

@@ -7,8 +7,9 @@ is asked of a GPU is put on its stream and not waited for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import numpy as np
@@ -27,6 +28,35 @@ class Update(NamedTuple):
     weight: Array
     grad: Array
     states: list[Array]
+    step: Step
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Parts of flat memory.
+
+    Attributes
+    ----------
+    flat : Array
+    starts, sizes : numpy.ndarray of int64, shape (n,)
+        Where each begins, and how long it is, in elements.
+    """
+
+    flat: Array
+    starts: Array
+    sizes: Array
+
+    def __iter__(self) -> Iterator[Array]:
+        for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
+            yield self.flat[start : start + size]
+
+
+class UpdateEach(NamedTuple):
+    """One step of neighbours that share it, each with a gradient of its own."""
+
+    weight: Parts
+    states: list[Array]  # flat, as that of the weights
+    grads: Sequence[Array]
     step: Step
 
 
@@ -76,6 +106,14 @@ class Place(ABC):
     @abstractmethod
     def update(self, optimizer: Optimizer, work: Sequence[Update]) -> None:
         """Apply steps of an optimizer, each to its own memory."""
+
+    @abstractmethod
+    def update_each(self, optimizer: Optimizer, work: Sequence[UpdateEach]) -> None:
+        """Apply steps of an optimizer to keys whose gradients lie apart."""
+
+    @abstractmethod
+    def copy_each(self, sources: Sequence[Array], outs: Parts) -> None:
+        """Copy arrays, each into a part of flat memory."""
 
     @abstractmethod
     def lend(self, array: Array) -> Any:
@@ -136,6 +174,18 @@ class HostPlace(Place):
         """Step after step."""
         for weight, grad, states, step in work:
             optimizer.update_flat(weight, grad, states, step)
+
+    def update_each(self, optimizer: Optimizer, work: Sequence[UpdateEach]) -> None:
+        """Step after step, key after key."""
+        for weights, flat_states, grads, step in work:
+            states = [Parts(flat, weights.starts, weights.sizes) for flat in flat_states]
+            for weight, grad, *own in zip(weights, grads, *states, strict=True):
+                optimizer.update_flat(weight, grad.reshape(-1), own, step)
+
+    def copy_each(self, sources: Sequence[Array], outs: Parts) -> None:
+        """One after the other."""
+        for source, out in zip(sources, outs, strict=True):
+            self.copy(source.reshape(-1), out)
 
     def lend(self, array: Array) -> Any:
         """Show the array itself."""

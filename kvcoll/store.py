@@ -368,6 +368,11 @@ KeyKindError, ArrayError
         KeyNotFoundError, ShapeMismatchError, DTypeMismatchError, ArgumentError, \
 KeyKindError, ArrayError
             A mistake of this rank; raised here only, as nothing is sent.
+
+        Notes
+        -----
+        Of values on a GPU new arrays are CuPy's. Outputs may lie on the host too, which waits for
+        the GPU; those on a GPU are filled in the order of its current stream.
         """
         with self._reading:
             plan = self._plan(key)
@@ -549,7 +554,7 @@ KeyKindError, ArrayError
         """Wait until all pushes of keys are applied to this rank's replica; nothing is sent.
 
         Needed only where pushes overlap with what their callers do (see `create`), and
-        values are read from `view`: a pull waits by itself.
+        values are read from `view`: a pull waits by itself. On a GPU it waits for the GPU.
 
         Parameters
         ----------
@@ -568,6 +573,8 @@ KeyKindError, ArrayError
                 self._launch.drain()
             else:
                 self._launch.wait(self._plan(key).given)
+            if self._border is not None:
+                self._border.finish()
 
     def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
         """Push, then pull.
@@ -636,9 +643,9 @@ KeyKindError, ArrayError
         updater : callable
             ``updater(key, input, stored)`` changes the array `stored` in place, given
             the sum in `input`, which it may overwrite; a `RowSparse` where only rows were
-            pushed, while `stored` is an array even so. It must do the same on every
-            rank. If it raises, the push raises, and all replicas are set to the values
-            of the lowest rank on which it did not.
+            pushed, while `stored` is an array even so. On a GPU both are CuPy's. It must do
+            the same on every rank. If it raises, the push raises, and all replicas are set to
+            the values of the lowest rank on which it did not.
 
         Raises
         ------
@@ -1049,7 +1056,8 @@ KeyKindError, ArrayError
         """
         with self._guard:
             with self._checked("barrier()"):
-                pass
+                if self._border is not None:
+                    self._border.finish()
             self._agreement.confirm(_BARRIER)
 
     def _barrier(self) -> None:
@@ -1347,6 +1355,8 @@ KeyKindError, ArrayError
         self._replica.clear()
         self._launch.stop()
         self._engine.close()
+        if self._border is not None:
+            self._border.close()
 
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[Any]:
         with self._checked("init()"):
@@ -1458,7 +1468,10 @@ KeyKindError, ArrayError
             outputs: list[Any] = []
             rows: dict[int, list[RowSparse]] = {}
             if self._border is not None:
-                values = self._border.pushed(plan.given, plan.is_list, plan.places, value)
+                may_lie = plan.is_in_order and not self._has_lent
+                values = self._border.pushed(
+                    plan.given, plan.is_list, plan.places, value, may_lie=may_lie
+                )
                 is_own = False
                 if out is not _NO_OUTPUT:
                     outputs = self._border.outputs(plan.given, plan.is_list, out)

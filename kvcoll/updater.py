@@ -15,7 +15,7 @@ from .bucket import Bucket, Member
 from .errors import ArgumentError
 from .optimizer.base import Optimizer
 from .optimizer.step import Factors, Step
-from .place import HOST, Place, Update
+from .place import HOST, Parts, Place, Update, UpdateEach
 from .replica import Chunk, Entry
 from .schema import Key, digest
 from .sparse import Rows, RowSparse, blocks
@@ -57,6 +57,20 @@ class Updater(ABC):
             saw, whatever is changed since. An updater that `may_raise` or
             `needs_whole_keys` gets a bucket as a whole; the former may write to its sum.
         """
+
+    def update_each(self, bucket: Bucket, sums: Sequence[Array]) -> None:
+        """Update one bucket whose keys' sums lie apart; for an updater that takes pieces.
+
+        Parameters
+        ----------
+        bucket : Bucket
+        sums : sequence of arrays
+            For each member, of its shape.
+        """
+        sink = self.begin(bucket)
+        for member, total in zip(bucket.members, sums, strict=True):
+            if member.start < member.stop:
+                sink(member.start, member.stop, total.reshape(-1))
 
     @abstractmethod
     def begin_rows(self, bucket: Bucket) -> RowsSink:
@@ -131,6 +145,13 @@ class Assign(Updater):
                     self.place.copy(total[low - start : high - start], stored)
 
         return copy
+
+    def update_each(self, bucket: Bucket, sums: Sequence[Array]) -> None:
+        """Copy each."""
+        for run in bucket.runs:
+            starts = bucket.starts[run.first : run.last] + (run.chunk_start - run.start)
+            parts = Parts(run.chunk.flat, starts, bucket.sizes[run.first : run.last])
+            self.place.copy_each(sums[run.first : run.last], parts)
 
     def begin_rows(self, bucket: Bucket) -> RowsSink:
         """Write the rows, and 0 elsewhere: of a second sum only where the last one wrote."""
@@ -233,6 +254,8 @@ class _Segment:
     chunk: Chunk
     chunk_start: int
     step: Step
+    first: int  # its members: bucket.members[first:last]
+    last: int
 
 
 @final
@@ -279,6 +302,23 @@ class Optimize(Updater):
 
     def begin(self, bucket: Bucket) -> Sink:
         """Count the update, and find which neighbours share their step."""
+        return partial(self._apply, self._as_agreed, self._segments(bucket))
+
+    def update_each(self, bucket: Bucket, sums: Sequence[Array]) -> None:
+        """Do as `begin`, and hand over all segments at once."""
+        if self.needs_whole_keys:
+            super().update_each(bucket, sums)
+            return
+        work = []
+        for segment in self._segments(bucket):
+            keys = slice(segment.first, segment.last)
+            starts = bucket.starts[keys] + (segment.chunk_start - segment.start)
+            weights = Parts(segment.chunk.flat, starts, bucket.sizes[keys])
+            states = self._states[segment.chunk]
+            work.append(UpdateEach(weights, states, sums[keys], segment.step))
+        self.place.update_each(self._as_agreed, work)
+
+    def _segments(self, bucket: Bucket) -> list[_Segment]:
         rate, decay, num_update = self._agreed
         self._optimizer.num_update = num_update
         rates = self._rates(bucket.members)
@@ -292,9 +332,9 @@ class Optimize(Updater):
                     factors, count = rates[first]
                     step = Step(rate * factors.lr, decay * factors.wd, count, factors.adapts)
                     at = run.chunk_start + low - run.start
-                    segments.append(_Segment(low, high, run.chunk, at, step))
+                    segments.append(_Segment(low, high, run.chunk, at, step, first, number))
                     first = number
-        return partial(self._apply, self._as_agreed, segments)
+        return segments
 
     def _apply(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,25 @@ import numpy as np
 import pytest
 
 import kvcoll
+from kvcoll import optimizer as optimizers
+from kvcoll.arrays import is_small_float
 from kvcoll.cuda import device as cuda_device
 from kvcoll.errors import DeviceError
 from kvcoll.gpu.kernel import KernelSource
 from kvcoll.kernels.adding import added_rows
+from kvcoll.kernels.fused import kernel_of
 from kvcoll.kernels.moves import added, moved
+from kvcoll.kernels.norms import summing, walking
+from kvcoll.kernels.steps import trace_measure, trace_step
+from kvcoll.optimizer.layerwise import LayerWise
+from kvcoll.optimizer.step import Step
 
 pytestmark = pytest.mark.single
 
+OPTIMIZERS = (
+    *("sgd", "nag", "adam", "adamw", "lamb", "lars", "rmsprop", "adagrad", "adadelta"),
+    *("adamax", "nadam", "ftrl", "signum", "test"),
+)
 FILES = sorted((Path(kvcoll.__file__).parent / "cuda").glob("*.py"))
 # What the code's own names stand for.
 STANDS_FOR = {
@@ -155,7 +166,19 @@ def sources() -> list[KernelSource]:
     made += [added_rows((0, 1), np.dtype("f4"), dtype) for dtype in dtypes if dtype.itemsize == 2]
     made += [added(dtype, mixed=mixed) for dtype in dtypes for mixed in (False, True)]
     made += [moved(np.dtype("f4"), dtype) for dtype in dtypes]
-    return made
+    return made + [kernel for name in OPTIMIZERS for kernel in updates(name, dtypes)]
+
+
+def updates(name: str, dtypes: Sequence[np.dtype[Any]]) -> Iterator[KernelSource]:
+    """Give the kernels of an optimizer for keys of these dtypes, if they are floats."""
+    optimizer = optimizers.create(name, wd=0.01, clip_gradient=0.5)
+    for dtype in dtypes:
+        if dtype.kind == "f" or is_small_float(dtype):
+            step = Step(0.1, 0.01, 3, trust=0.5)
+            yield kernel_of(trace_step(optimizer, dtype, step).program)
+            if isinstance(optimizer, LayerWise):
+                program = trace_measure(optimizer, dtype, step).program
+                yield from (summing(program), walking(program))
 
 
 def test_kernels_compile_with_the_options_that_keep_every_bit(cupy: Any) -> None:

@@ -355,9 +355,10 @@ def test_without_a_gpu_one_line_says_so() -> None:
         ),
         (
             {"gpus": gpus(mpi_takes="signal 11 (SIGSEGV)"), "versions": WITH_CUPY},
-            "note",
-            "MPI does not take GPU memory: signal 11",
+            "ok",  # it need not
+            "MPI was not seen to take GPU memory",
         ),
+        ({"gpus": gpus(nccl="2.9.8"), "versions": WITH_CUPY}, "problem", "NCCL is 2.9.8"),
         ({"gpus": gpus(mpi_takes="yes"), "versions": WITH_CUPY}, "ok", "MPI takes GPU memory"),
     ],
 )
@@ -371,6 +372,9 @@ def test_what_lacks_on_a_rank_with_a_gpu(changes: dict[str, Any], level: str, wo
 def test_two_ranks_on_one_gpu_are_found_and_two_gpus_are_not() -> None:
     one = job(gpus=gpus(mpi_takes="yes"), versions=WITH_CUPY)
     assert worst(checks_gpu.check_gpus(one)).what == ("ranks 0-1 on n0 use the same GPU (aaaaaaaa)")
+    wanted = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    shared = job(gpus=gpus(mpi_takes="yes"), versions=WITH_CUPY, environ=wanted)
+    assert worst(checks_gpu.check_gpus(shared)).level == "note"
     both = job(gpus=gpus(devices=TWO_GPUS, mpi_takes="yes"), versions=WITH_CUPY)
     assert [found.level for found in checks_gpu.check_gpus(both)] == ["ok"]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl, mailbox
+from host_kernel import needs_compiler
 
 from kvcoll.errors import (
     ArgumentError,
@@ -27,7 +28,7 @@ from kvcoll.transport import mpi
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-pytestmark = pytest.mark.ranks(at_least=2)
+pytestmark = [pytest.mark.ranks(at_least=2), needs_compiler]
 
 
 class Ranks:
@@ -117,6 +118,32 @@ def test_a_rank_on_which_nccl_does_not_start_tells_all(ranks: Ranks) -> None:
     assert text.startswith(
         "rank 0: NCCL has not brought the GPUs of this host together within 0.5 s"
     )
+
+
+def test_memory_that_one_rank_does_not_have_is_an_error_on_all(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ranks.rank == 1:
+
+        def none_left(*_: object) -> None:
+            raise MemoryError("no more pinned memory")
+
+        monkeypatch.setattr(ranks.gpus, "pinned", none_left)
+    with pytest.raises(MemoryError, match="rank 1: no more pinned memory"):
+        ranks.make()
+    assert not ranks.nccl.open
+
+
+@pytest.mark.ranks(exactly=4)
+def test_nccl_that_starts_on_one_host_only_is_closed_there(
+    comm: MPI.Intracomm, ranks: Ranks
+) -> None:
+    ranks.topology = Topology(comm.rank, (0, 0, 1, 1))
+    if comm.rank >= 2:
+        ranks.nccl.init_error = "no route"
+    text = ranks.check_all_raise(ranks.make, CollectiveError)
+    assert text == "rank 2: ncclCommInitRank: no route"
+    assert not ranks.nccl.open
 
 
 @pytest.mark.ranks(at_least=3)

@@ -69,40 +69,56 @@ class OverGpus(TransportContract):
     leg_sizes = LegSizes(1 << 10, 300, 4, 500)
     scratch_bytes = 8 << 10
     small_bytes = 2 << 10
-    edges_bytes: tuple[int, ...] = (1 << 10, 24 << 10)
+    edges_bytes: tuple[int, ...] = (12 << 10,)
     world: MPI.Intracomm
 
     def all_of(self, mine: bytes) -> list[bytes]:
         return self.world.allgather(mine)
 
 
+@pytest.mark.ranks(exactly=1)
+class TestOneRank(OverGpus):
+    """There is nobody to talk to."""
+
+
+@pytest.mark.ranks(exactly=2)
+class TestOneHostOfTwo(OverGpus):
+    """Both add one half of what is large, and all of what is small."""
+
+
+@pytest.mark.long
+@pytest.mark.ranks(exactly=3)
 class TestOneHost(OverGpus):
     """Every rank with a GPU of its own."""
 
 
+@pytest.mark.long
+@pytest.mark.ranks(exactly=4)
 class TestOneHostInATree(OverGpus):
     tree = True
 
 
-@pytest.mark.ranks(at_least=2)
+@pytest.mark.long
+@pytest.mark.ranks(exactly=3)
 class TestAsAStoreUsesIt(OverGpus):
     scratch_bytes = 4 << 20
     small_bytes = 256 << 10
     edges_bytes = (128 << 10,)
 
 
-@pytest.mark.ranks(at_least=2)
+@pytest.mark.long
+@pytest.mark.ranks(exactly=3)
 class TestHostsOfOneGpu(OverGpus):
-    hosts = {2: (0, 1), 3: (0, 1, 2), 4: (0, 1, 2, 3)}  # noqa: RUF012
+    hosts = {3: (0, 1, 2)}  # noqa: RUF012
 
 
-@pytest.mark.ranks(at_least=3)
+@pytest.mark.long
+@pytest.mark.ranks(exactly=4)
 class TestHostsOfTwo(OverGpus):
-    """2 + 1 ranks, or 2 + 2."""
-
-    hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012
+    hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012
 
 
+@pytest.mark.long
 @pytest.mark.ranks(exactly=4)
 class TestUnequalHosts(OverGpus):
     """3 + 1 ranks, placed in turns."""
@@ -110,6 +126,7 @@ class TestUnequalHosts(OverGpus):
     hosts = {4: (0, 1, 0, 0)}  # noqa: RUF012
 
 
+@pytest.mark.long
 @pytest.mark.ranks(exactly=4)
 class TestHostsOfTwoInATree(OverGpus):
     hosts = {4: (0, 0, 1, 1)}  # noqa: RUF012

@@ -7,7 +7,7 @@ not asked: memory is bytes with a dtype of NumPy's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -83,10 +83,12 @@ class CupyDevice(Device):
     ----------
     cupy : module
     index : int
+    used : callable
+        Gets its number when work is put on it.
     """
 
-    def __init__(self, cupy: Any, index: int) -> None:
-        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+    def __init__(self, cupy: Any, index: int, used: Callable[[int], object]) -> None:
+        self._cupy, self._runtime, self._used = cupy, cupy.cuda.runtime, used
         self.index = index
         properties = self._runtime.getDeviceProperties(index)
         self.uuid = _uuid_text(properties["uuid"])
@@ -96,6 +98,7 @@ class CupyDevice(Device):
 
     def stream(self) -> Stream:
         """Make a stream (cudaStreamCreateWithFlags); see `Device.stream`."""
+        self._used(self.index)
         with self._here():
             return CupyStream(self._cupy, self._cupy.cuda.Stream(non_blocking=True), self.index)
 

@@ -41,11 +41,17 @@ class CupyGpus(Gpus):
             count = runtime.getDeviceCount()
         except runtime.CUDARuntimeError as error:
             raise DeviceError(_why_none(error, self.driver_version, self._cupy)) from error
-        self.devices: Sequence[Device] = [CupyDevice(self._cupy, k) for k in range(count)]
+        self._home = 0
+        self.devices: Sequence[Device] = [
+            CupyDevice(self._cupy, k, self._take_note) for k in range(count)
+        ]
 
     def pinned(self, n_bytes: int) -> HostArray:
         """Take pinned memory from CuPy's pool."""
-        memory = self._cupy.cuda.alloc_pinned_memory(max(1, n_bytes))
+        # All GPUs can use it, but taking it opens the current one, at some 500 MB of its memory:
+        # that must not be GPU 0 for the ranks of all others.
+        with self._cupy.cuda.Device(self._home):
+            memory = self._cupy.cuda.alloc_pinned_memory(max(1, n_bytes))
         return np.frombuffer(memory, np.uint8, n_bytes)
 
     def is_on_gpu(self, value: object) -> bool:
@@ -71,6 +77,26 @@ class CupyGpus(Gpus):
             raise ArrayError(f"the output {array!r} is {why}: give one that can be written")
         return array if is_packed else self._packed(array, strides, on)
 
+    def addresses(
+        self,
+        values: Sequence[object],
+        device: int,
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype[Any]],
+        on: Stream,
+    ) -> list[int] | None:
+        """Ask CuPy's arrays, in few calls for all; see `Gpus.addresses`."""
+        if set(map(type, values)) != {self._cupy.ndarray}:
+            return None
+        arrays: Sequence[Any] = values
+        fit = [a.shape for a in arrays] == shapes and [a.dtype for a in arrays] == dtypes
+        if not fit or {a.device.id for a in arrays} != {device}:
+            return None
+        if not all(a.flags.c_contiguous for a in arrays):
+            return None
+        on.wait(self.devices[device].current_stream().record())
+        return [a.data.ptr for a in arrays]
+
     def give_back(self, value: object, on: Stream) -> None:
         """Let the current stream of the array's library wait; see `Gpus.give_back`."""
         event = on.record()
@@ -93,6 +119,9 @@ class CupyGpus(Gpus):
             raise DTypeMismatchError(
                 f"CuPy {self._cupy.__version__} has no arrays of {array.dtype.name}: {error}"
             ) from error
+
+    def _take_note(self, device: int) -> None:
+        self._home = device
 
     def _viewed(self, array: DeviceArray, dtype: Any, strides: tuple[int, ...] | None) -> Any:
         cuda = self._cupy.cuda

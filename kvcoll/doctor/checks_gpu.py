@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ..gpu.places import OLDEST_NCCL, SHARING_VARIABLE
 from .facts import Facts
 from .findings import Finding, counted, listed, note, ok, problem
 from .seen import Seen
 
-_CUPY = "pip install 'kvcoll[gpu]', of the CUDA version that the driver has"
+_CUPY = "pip install 'kvcoll[gpu]' for drivers of CUDA 12, 'kvcoll[gpu13]' for CUDA 13"
 
 
 def check_gpus(seen: Seen) -> list[Finding]:
@@ -64,14 +65,16 @@ def _of_rank(rank: int, one: Facts) -> list[Finding]:
         why = f"arrays on a GPU cannot be pushed; the driver is for CUDA {gpus.get('driver')}"
         return [problem("GPUs", what, why, _CUPY)]
     found = []
-    if not (gpus.get("nccl") or one.versions.get("NCCL")):
-        what = f"{who}: there is no NCCL"
-        found.append(note("GPUs", what, "sums among GPUs go through the CPU", _CUPY))
-    takes = gpus.get("mpi_takes", "")
-    if takes and takes != "yes" and not takes.startswith("not tried"):
-        what = f"{who}: MPI does not take GPU memory: {_first_line(takes)}"
-        why = "arrays on a GPU are copied to the CPU before they are sent"
-        found.append(note("GPUs", what, why, "take an MPI that was built with CUDA, if there is"))
+    # What pip has installed need not be what CuPy loads: CuPy itself was asked.
+    version = gpus.get("nccl") or one.versions.get("NCCL", "")
+    if not version:
+        what, why = f"{who}: there is no NCCL", "'dist_device_sync' needs it for the GPUs of a host"
+        found.append(note("GPUs", what, why, _CUPY))
+    elif _numbers(version) < OLDEST_NCCL:
+        what = f"{who}: NCCL is {version}"
+        why = f"'dist_device_sync' needs {'.'.join(map(str, OLDEST_NCCL))} or newer"
+        cure = "pip install --upgrade nvidia-nccl-cu12 (or -cu13, as your CuPy)"
+        found.append(problem("GPUs", what, why, cure))
     return found
 
 
@@ -81,13 +84,14 @@ def _of_host(seen: Seen, ranks: list[int]) -> list[Finding]:
     for uuid, n in Counter(uuid for uuid in own.values() if uuid).items():
         if n > 1:
             those = [rank for rank, other in own.items() if other == uuid]
+            is_wanted = all(seen.facts[k].environ.get(SHARING_VARIABLE) == "1" for k in those)
             found.append(
-                problem(
+                (note if is_wanted else problem)(
                     "GPUs",
                     f"{listed(those)} on {host} use the same GPU ({uuid[:8]})",
-                    "NCCL refuses it, and the GPU's time and memory are shared",
-                    "start as many ranks as there are GPUs; let SLURM deal them out: "
-                    "--gpus-per-task=1; or set CUDA_VISIBLE_DEVICES by local rank",
+                    "NCCL refuses it unless told otherwise; the GPU's time and memory are shared",
+                    "start as many ranks as there are GPUs, and let each see all of its host, or "
+                    f"its own; or set {SHARING_VARIABLE}=1, with NCCL 2.30 or newer",
                 )
             )
     devices = seen.facts[ranks[0]].gpus.get("devices", [])
@@ -127,6 +131,10 @@ def _all_well(one: Facts) -> Finding:
         f"{told}; driver for CUDA {gpus['driver']}, CuPy {one.versions['CuPy']}, NCCL {nccl}; "
         f"MPI {takes} GPU memory",
     )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
 
 
 def _once(found: list[Finding]) -> list[Finding]:

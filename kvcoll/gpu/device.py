@@ -12,12 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from .array import DeviceArray
 from .kernel import Kernel, KernelSource
 
 HostArray: TypeAlias = npt.NDArray[Any]
+DType: TypeAlias = "np.dtype[Any]"
 
 
 class Event(ABC):
@@ -207,6 +209,34 @@ class Gpus(ABC):
         ------
         ArrayError
             It cannot be read; or, if it is to be written to, it is not contiguous or read-only.
+        """
+
+    @abstractmethod
+    def addresses(
+        self,
+        values: Sequence[object],
+        device: int,
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[DType],
+        on: Stream,
+    ) -> list[int] | None:
+        """Give where many arrays lie, if that needs no look at each of them.
+
+        Parameters
+        ----------
+        values : sequence of array
+        device : int
+            On which GPU.
+        shapes, dtypes : sequence
+            Of the arrays.
+        on : Stream
+            As for `adopt`.
+
+        Returns
+        -------
+        list of int or None
+            None where one of them is not of the library that `lend` gives, not contiguous, or not
+            just so: then `adopt` says what is wrong with it, or takes it.
         """
 
     @abstractmethod

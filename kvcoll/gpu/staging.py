@@ -12,6 +12,7 @@ import numpy as np
 
 from .array import DeviceArray
 from .device import Device, Event, Gpus, HostArray, Stream
+from .patience import Patience, Trusting
 
 _PIECE_BYTES = 8 << 20
 
@@ -28,11 +29,20 @@ class Staging:
         Of that device.
     piece_bytes : int, optional
         The size of a buffer.
+    patience : Patience, optional
+        How to wait.
     """
 
     def __init__(
-        self, gpus: Gpus, device: Device, stream: Stream, piece_bytes: int = _PIECE_BYTES
+        self,
+        gpus: Gpus,
+        device: Device,
+        stream: Stream,
+        piece_bytes: int = _PIECE_BYTES,
+        *,
+        patience: Patience | None = None,
     ) -> None:
+        self._patience = Trusting() if patience is None else patience
         self._gpus, self._device, self._stream = gpus, device, stream
         self._piece_bytes = piece_bytes
         self._buffers: list[HostArray] = []
@@ -91,7 +101,7 @@ class Staging:
     ) -> None:
         busy = self._busy[number]
         if busy is not None:
-            busy.synchronize()
+            self._patience.wait(busy)
         self._busy[number] = None
         piece = self._buffers[number][: n * dtype.itemsize].view(dtype)
         with np.errstate(all="ignore"):
@@ -104,7 +114,7 @@ class Staging:
         number, self._next = self._next, 1 - self._next
         busy = self._busy[number]
         if busy is not None:
-            busy.synchronize()
+            self._patience.wait(busy)
             self._busy[number] = None
         return number
 

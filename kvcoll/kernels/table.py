@@ -6,12 +6,13 @@ that has, addresses, numbers; tiles of a piece follow one another, and pieces fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, final
 
 import numpy as np
 
 from ..arrays import Array
+from ..gpu.array import DeviceArray
 from ..gpu.kernel import Access, Parameter
 from .prelude import LANES, TILE
 
@@ -70,6 +71,60 @@ def rows_of(layout: Layout, pieces: Iterable[Piece]) -> Array:
         table[:, 0] = np.cumsum(tiles) - tiles
         table[:, 2:] = [piece.words for piece in kept]
     return table
+
+
+def columns_of(sizes: Array, addresses: Sequence[Array], numbers: Sequence[int]) -> Array:
+    """Write a table column by column, for many pieces that share their numbers.
+
+    Parameters
+    ----------
+    sizes : numpy.ndarray of int64, shape (n,)
+    addresses : sequence of numpy.ndarray of int64, shape (n,)
+    numbers : sequence of int
+
+    Returns
+    -------
+    numpy.ndarray of int64, shape (n, n_words)
+        Its first tiles count from 0.
+    """
+    table = np.empty((sizes.size, 2 + len(addresses) + len(numbers)), np.int64)
+    tiles = -(-sizes // TILE)
+    np.cumsum(tiles, out=table[:, 0])
+    table[:, 0] -= tiles
+    table[:, 1] = sizes
+    for number, column in enumerate(addresses, 2):
+        table[:, number] = column
+    table[:, 2 + len(addresses) :] = numbers
+    return table
+
+
+def joined(tables: Sequence[Array]) -> Array:
+    """Make one table of several, whose tiles follow one another."""
+    if len(tables) == 1:
+        return tables[0]
+    n_tiles = 0
+    for table in tables:
+        table[:, 0] += n_tiles
+        n_tiles = n_lanes(table) // LANES
+    return np.concatenate(tables)
+
+
+@final
+class Chained(Sequence[DeviceArray]):
+    """Several sequences one after another, whose arrays are made only where somebody looks."""
+
+    def __init__(self, parts: Sequence[Sequence[DeviceArray]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[DeviceArray]:
+        for part in self._parts:
+            yield from part
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, place: Any) -> Any:
+        return list(self)[place]
 
 
 def n_lanes(table: Array) -> int:

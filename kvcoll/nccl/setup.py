@@ -121,7 +121,12 @@ def transport_for(
             flat, gpus, member, clique, order, crossing, watch, small_bytes=small_bytes
         )
 
-    return _on_all(messenger, make)
+    try:
+        return _on_all(messenger, make)
+    except Exception:  # of this rank or of another: nobody will use NCCL
+        if nccl_comm is not None:
+            nccl_comm.abort()
+        raise
 
 
 def is_level(topology: Topology) -> bool:
@@ -161,7 +166,7 @@ def _join(
     def init() -> Communicator:
         return _within(limit_s, lambda: nccl.init_rank(size, bytes(unique_id), rank, device))
 
-    return _on_all(messenger, init)
+    return _on_all(messenger, init, undo=lambda made: made.abort())
 
 
 def _within(limit_s: float, make: Callable[[], T]) -> T:
@@ -194,8 +199,13 @@ def _within(limit_s: float, make: Callable[[], T]) -> T:
     return made[0]
 
 
-def _on_all(messenger: Messenger, make: Callable[[], T]) -> T:
-    """Do on all ranks what may fail on some; all raise the error of the lowest that failed."""
+def _on_all(
+    messenger: Messenger, make: Callable[[], T], *, undo: Callable[[T], object] | None = None
+) -> T:
+    """Do on all ranks what may fail on some; all raise the error of the lowest that failed.
+
+    Where another rank has failed, `undo` gets what was made here.
+    """
     made: list[T] = []
     told = ""
     try:
@@ -205,6 +215,8 @@ def _on_all(messenger: Messenger, make: Callable[[], T]) -> T:
     all_told = _texts_of_all(messenger, told)
     errors = [(rank, json.loads(text)) for rank, text in enumerate(all_told) if text]
     if errors:
+        if made and undo is not None:
+            undo(made[0])
         _raise(errors[0][0], *errors[0][1])
     return made[0]
 

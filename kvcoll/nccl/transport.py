@@ -53,6 +53,7 @@ class GpuTransport(Transport):
     stream : Stream
         On which all its work is done, and that of its sinks.
     beside : Transport
+    watch : Watch
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class GpuTransport(Transport):
         self.device: Device = member.device
         self.stream: Stream = member.stream
         self.beside, self._member, self._clique = beside, member, clique
-        self._order, self._crossing, self._watch = order, crossing, watch
+        self._order, self._crossing, self.watch = order, crossing, watch
         self._is_one_host = self.topology.num_hosts == 1
         self._small_bytes = small_bytes
         # Of the longest round: the part that this rank adds, before other hosts' are added, and
         # the sum that a sink gets.
-        n_bytes = clique.step(clique.size, 1)
+        self._n_rows = max(len(ranks) for ranks in self.topology.hosts)  # alike on all hosts
+        n_bytes = clique.step(self._n_rows, 1)
         of_host_bytes = 0 if crossing is None else n_bytes // clique.lanes
         self._of_host = self.device.empty(of_host_bytes, np.uint8, self.stream)
         self._total = self.device.empty(n_bytes, np.uint8, self.stream)
@@ -116,7 +118,7 @@ class GpuTransport(Transport):
             return
         comm = self._member.comm
         if self._is_one_host and comm is not None:
-            self._watch.check()
+            self.watch.check()
             comm.broadcast(own, root, self.stream)
             self._expect("broadcast", own)
             return
@@ -142,7 +144,7 @@ class GpuTransport(Transport):
         """
         try:
             if self._is_open:
-                self._watch.wait(self.stream.record())
+                self.watch.wait(self.stream.record())
         finally:
             self.end()
             self.beside.close()
@@ -152,8 +154,8 @@ class GpuTransport(Transport):
         if not self._is_open:
             return
         self._is_open = False
-        ended = self._watch.end()
-        if self._member.comm is not None and not self._watch.failed:
+        ended = self.watch.end()
+        if self._member.comm is not None and not self.watch.failed:
             # What still runs may wait for a rank that has gone.
             (self._member.comm.destroy if ended else self._member.comm.abort)()
 
@@ -164,7 +166,7 @@ class GpuTransport(Transport):
         ------
         CollectiveError
         """
-        self._watch.check()
+        self.watch.check()
 
     def wait(self) -> None:
         """Wait on the host for all that is on the stream.
@@ -174,13 +176,13 @@ class GpuTransport(Transport):
         CollectiveError
             Its work has failed, or does not end.
         """
-        self._watch.wait(self.stream.record())
+        self.watch.wait(self.stream.record())
 
     def _sum(self, source: DeviceArray, out: DeviceArray) -> None:
         """Sum arrays of any size."""
         if source.size == 0:
             return
-        self._watch.check()
+        self.watch.check()
         if self._clique.size == 1 and self._is_one_host:
             self._copy(source, out)
             return
@@ -220,9 +222,9 @@ class GpuTransport(Transport):
         return self._is_one_host and fits
 
     def _step(self, source: DType, out: DType) -> int:
-        """Say how many elements a round has: rows, segments and sums fit their memory."""
+        """Say how many elements a round has, on all hosts alike: all fits its memory."""
         itemsize = max(source.itemsize, wide(out).itemsize)
-        return self._clique.step(self._clique.size, itemsize)
+        return self._clique.step(self._n_rows, itemsize)
 
     def _copy(self, source: DeviceArray, out: DeviceArray) -> None:
         if source.dtype != out.dtype:
@@ -237,12 +239,12 @@ class GpuTransport(Transport):
             host = self._staged[: part.size]
             if is_root:
                 self.device.download(part, host, self.stream)
-                self._watch.wait(self.stream.record())
+                self.watch.wait(self.stream.record())
             self.beside.broadcast(host, root)
             if not is_root:
                 self.device.upload(host, part, self.stream)
-                self._watch.wait(self.stream.record())
+                self.watch.wait(self.stream.record())
 
     def _expect(self, what: str, array: DeviceArray) -> None:
         ranks = f"the GPUs of {self._clique.size} ranks"
-        self._watch.expect(f"{what} of {describe(array)} among {ranks}", self.stream.record())
+        self.watch.expect(f"{what} of {describe(array)} among {ranks}", self.stream.record())

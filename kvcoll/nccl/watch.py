@@ -18,6 +18,7 @@ from typing import final
 from ..errors import CollectiveError, DeviceError, text_of
 from ..gpu.device import Event
 from ..gpu.nccl import Communicator
+from ..gpu.patience import Patience
 
 #: Threads of this name look on; they order nothing.
 THREAD_NAME = "kvcoll-watch"
@@ -29,7 +30,7 @@ _MOST_UNDER_WAY = 64
 
 
 @final
-class Watch:
+class Watch(Patience):
     """Knows what is under way on the communicators of one transport.
 
     Parameters

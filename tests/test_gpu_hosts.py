@@ -1,0 +1,77 @@
+"""Stores over the GPUs of several hosts, end to end: the hosts are made up, the sums are not.
+
+The bits are those of a store on the hosts' memory, at every size at which the way changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
+from fake_nccl import mailbox
+
+import kvcoll
+from kvcoll import on_gpus
+from kvcoll.nccl import setup
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+pytestmark = [needs_kernels, pytest.mark.ranks(at_least=2)]
+
+HOSTS = {2: (0, 1), 3: (0, 0, 1), 4: (0, 0, 1, 1)}
+SIZES = (1, 40, 3000, 20_000)
+
+
+@pytest.fixture
+def gpus(
+    comm: MPI.Intracomm, host_of: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AnyGpus]:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    hosts = Topology(comm.rank, HOSTS[comm.size])
+    with mailbox(comm) as folder:
+        own, nccl = gpus_and_nccl(comm.size, folder)
+        monkeypatch.setattr(on_gpus, "find", lambda: (own, nccl))
+        monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
+        monkeypatch.setattr(mpi, "topology_of", lambda _: hosts)
+        small = partial(setup.transport_for, scratch_bytes=16 << 10, small_bytes=1 << 10)
+        monkeypatch.setattr(setup, "transport_for", small)
+        yield own
+        check_closed(nccl)
+        own.finish()
+
+
+def test_pushes_over_hosts_have_the_bits_of_a_store_on_the_host(
+    comm: MPI.Intracomm, gpus: AnyGpus
+) -> None:
+    own = comm.Dup()
+    random = np.random.default_rng(comm.rank)
+    with (
+        kvcoll.create("dist_device_sync", comm=own) as on_gpu,
+        kvcoll.create("dist_sync", comm=own) as on_host,
+    ):
+        assert on_gpu.num_hosts == on_host.num_hosts == len(set(HOSTS[comm.size]))
+        for store in (on_gpu, on_host):
+            store.set_optimizer(kvcoll.optimizer.create("sgd", learning_rate=0.1, momentum=0.9))
+        for key, n in enumerate(SIZES):
+            first = np.full(n, 1.5, np.float32)
+            on_gpu.init(key, gpus.array(first, on_gpu.local_rank))
+            on_host.init(key, first)
+        for _ in range(3):
+            grads = [random.standard_normal(n).astype(np.float32) for n in SIZES]
+            keys = list(range(len(SIZES)))
+            on_gpu.push(keys, [gpus.array(grad, on_gpu.local_rank) for grad in grads])
+            on_host.push(keys, grads)
+        for key, n in enumerate(SIZES):
+            expected: Any = np.empty(n, np.float32)
+            on_host.pull(key, out=expected)
+            assert on_gpu.pull(key).get().tobytes() == expected.tobytes()
+            assert len({*comm.allgather(expected.tobytes())}) == 1
+    own.Free()
