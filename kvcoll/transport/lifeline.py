@@ -22,6 +22,7 @@ from typing import Final, NamedTuple, final
 
 from ..topology import Topology
 from .addresses import addresses
+from .ancestors import see_it_end
 
 LOST_CODE: Final = 88  # with which the job ends
 _SETTING: Final = "KVCOLL_LOST_HOST_S"
@@ -255,4 +256,5 @@ class Lifeline:
                 file=sys.stderr,
                 flush=True,
             )
+            see_it_end()
         self._end(cause)
