@@ -167,6 +167,7 @@ class KVStore(KVStoreBase):
         self._type = type_
         self._transport = transport
         self._topology = transport.topology
+        self._created_rank = transport.topology.rank  # faults go by it, also once ranks were lost
         self._agreement = agreement
         self._engine = Engine(transport, agreement, tree=tree, apart=apart)
         self._recovering = recovering
@@ -1367,7 +1368,7 @@ KeyKindError, ArrayError
         self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
     ) -> list[Output]:
         """Push where faults wait, which may change it."""
-        push = faults.Push(self.rank, self._version + 1, key)
+        push = faults.Push(self._created_rank, self._version + 1, key)
         value, is_made = armed.before_push(push, value)
         outputs = self._push(key, value, priority, out, spared=True) if is_made else []
         armed.after_push(push, self._stored)

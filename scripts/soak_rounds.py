@@ -180,7 +180,9 @@ def _killed(draw: _Draw) -> tuple[list[str], dict[str, Any]]:
 
 def _lost(draw: _Draw) -> tuple[list[str], dict[str, Any]]:
     n = draw.of((1, 1, 2)) if draw.place.ranks > 2 else 1
-    return [f"{draw.where(PUSHES - 2)} kill" for _ in range(n)], {
+    ranks = [draw.of(range(draw.place.ranks))]
+    ranks += [(ranks[0] + 1) % draw.place.ranks] * (n - 1)  # one of them is left
+    return [f"rank={rank} push={draw.of(range(1, PUSHES - 1))} kill" for rank in ranks], {
         "elastic": True,
         "told": {"RankLostError"},
     }
