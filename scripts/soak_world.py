@@ -164,32 +164,35 @@ def _mpirun() -> str:
 
 
 def _run(command: Sequence[str], env: dict[str, str], limit_s: float) -> Ended:
+    """Run a command; it has ended when its first process has, whatever of it is left then."""
     began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    hung, output = False, ""
-    try:
-        output, _ = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        hung = True
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        hung = not _ends(process, limit_s)
+        seconds = time.monotonic() - began
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with_all = _session_of(process.pid)
-            for pid in with_all:
+            for pid in _session_of(process.pid):
                 _signal(pid, number)
-            try:
-                output, _ = process.communicate(timeout=_TO_END_S)
+            if _ends(process, _TO_END_S):
                 break
-            except subprocess.TimeoutExpired:
-                continue
-    return Ended(process.returncode, output, time.monotonic() - began, hung)
+        said.seek(0)
+        output = said.read().decode(errors="replace")
+    return Ended(process.returncode, output, seconds, hung)
+
+
+def _ends(process: subprocess.Popen[bytes], limit_s: float) -> bool:
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _session_of(leader: int) -> list[int]:
