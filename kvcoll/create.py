@@ -284,10 +284,10 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             launching=launching,
             tree=options.reproducible,
         )
-        _watch(store, link, its_link.ranks, settings, is_world=world is not None)
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
+    _watch(store, link, its_link.ranks, settings, is_world=world is not None)
     if its_link is not link:
         _links.append(its_link)
     _open_stores[:] = [other for other in _open_stores if not other[0].closed]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NoReturn, final
 from weakref import WeakKeyDictionary
 
@@ -61,10 +62,8 @@ class Watch:
         self._losses: dict[int, Losses] = {}
         post: Post
         if comm is None:
-            post, places = (
-                NoPost(like.rank, like.size),
-                [own_place(mpi.COMM_WORLD.rank)] * like.size,
-            )
+            post = NoPost(like.rank, like.size)
+            places = [own_place(mpi.COMM_WORLD.rank)] * like.size
         else:
             post = MpiPost(comm, mpi)
             places = post.places(NO_FILE if _held is None else _held.file)
@@ -76,7 +75,7 @@ class Watch:
             places,
             say=self._say,
             end=self._end,
-            ends_all=survives,
+            ends_all=survives and comm is not None,
             stack=stack_of,
             elsewhere=self._elsewhere,
         )
@@ -147,7 +146,8 @@ def watch(
     """
     global _look_s, _held
     if track.settings.held_stacks and _held is None:
-        _held = HeldStack()
+        with suppress(OSError):  # memfd_create is not allowed: then without such stacks
+            _held = HeldStack()
     group = comm.Get_group()
     known = [w for w in _watches if mpi.Group.Compare(w.group, group) == mpi.IDENT]
     group.Free()
@@ -184,7 +184,10 @@ def start(mpi: Any) -> None:
         _finalize_hook = mpi.Comm.Create_keyval(delete_fn=lambda *_: stop())
         mpi.COMM_SELF.Set_attr(_finalize_hook, None)
     _thread = threading.Thread(target=_run, name="kvcoll-watchdog", daemon=True)
-    _thread.start()
+    try:
+        _thread.start()
+    except RuntimeError as error:  # no more threads are allowed: the others have made the store
+        _say_ended(error)
 
 
 def stop() -> None:
@@ -214,7 +217,11 @@ def _run() -> None:
             if _held is not None:
                 _held.put_off()
     except Exception as error:  # whatever it is: training goes on without a watchdog
-        said = f"{type(error).__name__}: {text_of(error)}"
-        print(f"kvcoll: the watchdog of this rank has ended: {said}", file=sys.stderr)
+        _say_ended(error)
     if _held is not None:
         _held.end()
+
+
+def _say_ended(error: Exception) -> None:
+    said = f"{type(error).__name__}: {text_of(error)}"
+    print(f"kvcoll: this rank has no watchdog any more: {said}", file=sys.stderr)
