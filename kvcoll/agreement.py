@@ -420,7 +420,9 @@ class AcrossRanks(Agreement):
         while self._leaving[0] is not turn:
             yield
         try:
-            return None if self._ended else (yield from self._leave(why, store))
+            if self._ended or self._alarm.error is not None:  # nobody can be told
+                return None
+            return (yield from self._leave(why, store))
         finally:
             self._open.discard(store)
             self._leaving.remove(turn)

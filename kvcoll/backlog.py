@@ -29,12 +29,15 @@ class Job:
         Jobs of higher priority come first, of the same by number.
     run : callable
         Does it, in the backlog's thread.
+    drop : callable
+        Called in its place if it will not be run.
     done : bool
     """
 
     number: int
     priority: int
     run: Callable[[], None] = field(repr=False)
+    drop: Callable[[], None] = field(default=lambda: None, repr=False)
     done: bool = False
 
 
@@ -81,7 +84,8 @@ class Backlog:
         self._told = False
         self._error: BaseException | None = None
         self._shared: BaseException | None = None
-        self._stopping = False
+        self._stopping = self._interrupted = False
+        self._running: Job | None = None
         self._thread: threading.Thread | None = None
 
     def add(self, job: Job) -> None:
@@ -132,6 +136,24 @@ class Backlog:
         if thread is not None:
             thread.join()
 
+    def interrupt(self) -> list[Job]:
+        """End the thread, which waits for no rank any more; give the jobs that were not run.
+
+        That which was running comes first, whether or not it has come to its end.
+        """
+        with self._changed:
+            self._stopping = self._interrupted = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        left = sorted(self._jobs.values(), key=lambda job: job.number)
+        return left if self._running is None else [self._running, *left]
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether it is for lost ranks that nothing will be run any more."""
+        return isinstance(self._shared, WaitEndedError)
+
     @property
     def ident(self) -> int | None:
         """The thread's number, as `threading.get_ident` gives it in it."""
@@ -168,8 +190,10 @@ class Backlog:
     def _work(self) -> None:
         try:
             while (job := self._next()) is not None:
+                self._running = job
                 job.run()
                 with self._changed:
+                    self._running = None
                     job.done = True
                     self._unfinished -= 1
                     self._changed.notify_all()
@@ -190,7 +214,7 @@ class Backlog:
     def _next(self) -> Job | None:
         """Wait for a job, and for rank 0 to say which."""
         with self._changed:
-            while not self._jobs:
+            while not self._jobs or self._interrupted:
                 if self._stopping:
                     return None
                 self._changed.wait()
@@ -198,5 +222,7 @@ class Backlog:
         number = self._agree(most_urgent.number if self._leads else -1)
         with self._changed:
             while number not in self._jobs:
+                if self._interrupted:
+                    return None
                 self._changed.wait()
             return self._jobs.pop(number)

@@ -6,7 +6,6 @@ import atexit
 import os
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -14,22 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import farewell
+from . import exiting, farewell, watching
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
-from .errors import ArgumentError, ThreadError, text_of
+from .errors import ArgumentError, NotSurvivableError, ThreadError, text_of
 from .launch import InLine, Late, Launch, Overlap
+from .recovery import Link, Recoverable, late_ranks, recover
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
 from .schema import digest
-from .store import KVStore
+from .store import KVStore, Survivor
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
-from .transport.losses import Losses
-from .transport.waiting import Waiting
-from .watchdog import Track, Watchdog, Watched, patrol, settled
+from .watchdog import Watchdog, patrol, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -70,6 +68,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    elastic: bool = False,
     watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore: ...
@@ -83,6 +82,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    elastic: bool = False,
     watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> Any: ...
@@ -95,6 +95,7 @@ def create(
     reproducible: bool = False,
     overlap: bool | str = False,
     staleness: int | None = None,
+    elastic: bool = False,
     watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStoreBase:
@@ -127,6 +128,10 @@ def create(
     staleness : int, default 1
         Of ``'dist_async'``: how many pushes of a key may not be applied yet when a push of it
         returns; 0 waits for each.
+    elastic : bool, default False
+        Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
+        from there wherever a rank is lost: sums are complete, in memory of their own, before a
+        stored value is touched. Without, a loss in the midst of a sum needs a checkpoint.
     watchdog : bool or Watchdog, default True
         Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
         call waits for other ranks for very long; raise `LateRankError`, or end the job, after
@@ -164,9 +169,8 @@ def create(
         raise TypeError(f"the type of a store is a str, got {type(name).__name__}")
     kind = name.lower()
     if kind == "teststore" or kind in registered():
-        if any(
-            (comm is not None, reproducible, overlap, staleness is not None, watchdog is not True)
-        ):
+        given = (comm is not None, reproducible, overlap, staleness is not None, elastic)
+        if any(given) or watchdog is not True:
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
@@ -176,6 +180,8 @@ def create(
         raise TypeError(f"reproducible is a bool, got {reproducible!r}")
     if overlap != _ALWAYS and not isinstance(overlap, (bool, np.bool_)):
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
+    if not isinstance(elastic, (bool, np.bool_)):
+        raise TypeError(f"elastic is a bool, got {elastic!r}")
     if not isinstance(watchdog, (bool, Watchdog)):
         raise TypeError(f"watchdog is a bool or a kvcoll.Watchdog, got {watchdog!r}")
     if staleness is not None:
@@ -187,27 +193,17 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late, watchdog)
+        options = _Options(bool(reproducible), overlap, late, bool(elastic), watchdog)
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False)
 
 
-@dataclass(frozen=True, eq=False)
-class _Link:
-    """What the stores of one communicator share."""
-
-    comm: MPI.Intracomm
-    topology: Topology
-    ranks: AcrossRanks
-    losses: Losses
-
-
-_links: list[_Link] = []
-_world: list[_Link] = []  # that of COMM_WORLD, once it is there
-# Held until they are closed, since others wait for them; each with whose agreement it has.
-_open_stores: list[tuple[KVStore, AcrossRanks]] = []
+_links: list[Link] = []
+_world: list[Link] = []  # that of COMM_WORLD, once it is there
+# Held until they are closed, since others wait for them; each with by which link it agrees.
+_open_stores: list[tuple[Survivor, Link]] = []
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
@@ -227,6 +223,7 @@ class _Options:
     reproducible: bool
     overlap: bool | str
     staleness: int | None
+    elastic: bool
     watchdog: bool | Watchdog
 
     def settled(self, ranks: AcrossRanks) -> tuple[Call, Watchdog | None]:
@@ -242,7 +239,8 @@ class _Options:
         kind = "dist_sync" if self.staleness is None else _ASYNC
         overlap = f", overlap={self.overlap!r}" if self.overlap else ""
         late = "" if self.staleness is None else f", staleness={self.staleness}"
-        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}"
+        elastic = ", elastic=True" if self.elastic else ""
+        return f"{kind!r}, reproducible={self.reproducible}{overlap}{late}{elastic}"
 
     def launching(self, topology: Topology, agreement: Agreement) -> Callable[[Engine], Launch]:
         """Say when the store's pushes run."""
@@ -267,6 +265,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     if (is_async or overlaps) and not mpi.allows_threads():
         link.ranks.refuse(call.name, ThreadError(_NEEDS_THREADS))
     link.ranks.confirm(call)
+    link.n_made += 1
     try:
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s, link.losses)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
@@ -283,66 +282,55 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             one_thread=True,
             launching=launching,
             tree=options.reproducible,
+            apart=options.elastic,
+            recovering=partial(_recover, link, limit_s),
         )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
-    _watch(store, link, its_link.ranks, settings, is_world=world is not None)
+    watching.begin(store, link, its_link.ranks, settings, number=link.n_made, lasts=link in _world)
     if its_link is not link:
         _links.append(its_link)
-    _open_stores[:] = [other for other in _open_stores if not other[0].closed]
-    _open_stores.append((store, its_link.ranks))
+    _open_stores[:] = [other for other in _open_stores if not other[0].store.closed]
+    survivor = Survivor(
+        store, link.n_made, tree=options.reproducible, patient=patient, is_late=is_async
+    )
+    _open_stores.append((survivor, its_link))
     if lacks_shared_memory(transport) and not options.reproducible and transport.topology.rank == 0:
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
 
 
-def _watch(
-    store: KVStore, link: _Link, ranks: AcrossRanks, settings: Watchdog | None, *, is_world: bool
-) -> None:
-    """Have a store's calls watched; collective."""
-    from .transport import mpi
+def _async_link(own: MPI.Intracomm, link: Link) -> Link:
+    """Make the link of one late store."""
+    topology, losses = link.topology, link.losses
+    ranks = late_ranks(own, topology, losses, farewell.advance)
+    return Link(own, topology, ranks, losses, farewell.advance)
 
-    is_beside = ranks is not link.ranks
-    track = patrol.track_of(ranks)
-    if track is None:
-        if settings is None or link.comm.size == 1:
-            return
-        track = Track(ranks, settings, is_beside=is_beside, is_lasting=is_world)
-        duplicate = partial(mpi.duplicate, link.comm, _CREATE_LIMIT_S)
-        has_threads = mpi.allows_threads()
-        patrol.watch(
-            link.comm, link.losses, track, duplicate if has_threads else None, mpi.import_mpi()
+
+def _recover(link: Link, limit_s: float) -> None:
+    """Bring all stores of a link to the ranks that are left; see `KVStore.recover`."""
+    if link.topology.size == 1:
+        return
+    if not link.losses.survives:
+        raise NotSurvivableError(
+            "this MPI does not go on when a rank is lost: start the job with Open MPI 5 and "
+            "mpirun --with-ft ulfm, or load a checkpoint in a new job"
         )
-    guard, weak = store._guard, weakref.ref(store)
-
-    def version() -> int:
-        alive = weak()
-        return 0 if alive is None else alive.version
-
-    name = f"the {store.type!r} store" if is_beside else f"store {ranks.n_stores}"
-    watched = Watched(
-        name,
-        settings,
-        calls=lambda: guard.calls,
-        version=version,
-        thread=lambda: guard.thread,
-        is_closed=lambda: bool(guard.closed),
-    )
-    track.add(watched)
+    stores: dict[Recoverable, Link] = {
+        survivor: its_link
+        for survivor, its_link in _open_stores
+        if its_link.losses is link.losses and not survivor.store.closed
+    }
+    exiting.arm()
+    recover(link, stores, limit_s)
+    for survivor, its_link in _open_stores:  # in the order of their making
+        if survivor in stores and not survivor.store.closed:
+            ranks, number = its_link.ranks, survivor.number
+            watching.go_on(survivor.store, link, ranks, number=number, lasts=link in _world)
 
 
-def _async_link(own: MPI.Intracomm, link: _Link) -> _Link:
-    """Make the link of one store, whose thread agrees while the caller uses others."""
-    from .transport import mpi
-
-    losses = link.losses
-    messenger = mpi.MpiMessenger(own, link.topology, Waiting.patient(losses.alarm), losses)
-    ranks = AcrossRanks(messenger, losses.alarm, farewell.advance, one_error_ends=True)
-    return _Link(own, link.topology, ranks, losses)
-
-
-def _new_link(comm: Any, limit_s: float) -> _Link:
+def _new_link(comm: Any, limit_s: float) -> Link:
     from .transport import mpi
 
     own = mpi.duplicate(comm, limit_s)
@@ -351,12 +339,12 @@ def _new_link(comm: Any, limit_s: float) -> _Link:
     farewell.may_use_threads = mpi.allows_threads()
     messenger = mpi.MpiMessenger(own, topology, losses=losses)
     ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
-    link = _Link(own, topology, ranks, losses)
+    link = Link(own, topology, ranks, losses, farewell.advance)
     _links.append(link)
     return link
 
 
-def _world_link(world: MPI.Intracomm, limit_s: float) -> _Link:
+def _world_link(world: MPI.Intracomm, limit_s: float) -> Link:
     if _world:
         _world[0].ranks.settle()
     if _world and _world[0].ranks.ended and not _world[0].ranks.is_final:
@@ -376,6 +364,17 @@ def _leave_all() -> None:
     patrol.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
     patrol.stop()
+    if not _links:
+        return
+    from .transport import mpi
+
+    # A late store's link has the losses, and the ranks, of one that comes before.
+    for link in {link.losses: link for link in reversed(_links)}.values():
+        if link.losses.survives and link.losses.alarm.error is not None:
+            exiting.arm()
+            # The others may go on without the lost ranks, and then without this one.
+            exiting.within_limit(partial(mpi.regroup, link.comm, stays=False))
+    exiting.finish(mpi.finalize, mpi.is_finalized)
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:
@@ -383,9 +382,9 @@ def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | No
 
     A push that the ranks have not agreed on yet ends when the others leave.
     """
-    for store, its_ranks in _open_stores:
-        if its_ranks is ranks:
-            yield from store._pushes_end()
+    for survivor, its_link in _open_stores:
+        if its_link.ranks is ranks:
+            yield from survivor.store._pushes_end()
     return (yield from ranks.leave(why))
 
 
@@ -395,6 +394,7 @@ def _forget_all() -> None:
     _open_stores.clear()
     farewell.forget()
     patrol.forget()
+    exiting.forget()
 
 
 # A child made by fork must not speak for its parent.

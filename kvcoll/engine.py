@@ -78,13 +78,35 @@ class Engine:
     agreement : Agreement
     tree : bool, default False
         Whether the transport adds in a binary tree over the ranks.
+    apart : bool, default False
+        Whether sums are complete before a stored value is touched.
+
+    Attributes
+    ----------
+    version : int
+        How many pushes are wholly in the replica.
+    steps : int
+        The same, counted as finely as pushes may be interrupted.
+    is_whole : bool
+        Whether the replica holds that, and not a part of what comes next.
     """
 
-    def __init__(self, transport: Transport, agreement: Agreement, *, tree: bool = False) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        agreement: Agreement,
+        *,
+        tree: bool = False,
+        apart: bool = False,
+    ) -> None:
         self._transport = transport
+        self._tree, self.apart = tree, apart
         self._order = order_of(transport.topology.hosts, tree=tree)
         self._agreement = agreement
+        self.version = self.steps = 0
+        self.is_whole = True
         self._scratch: dict[DType, Array] = {}
+        self._apart: dict[DType, Array] = {}  # sums of one push that nothing has been done with
         self._values: dict[Chunk, Window] = {}  # where the stored values lie
         self._windows: dict[Chunk, Window] = {}  # where the arrays lie that `empty` gives
         self._last: tuple[Push | None, int, Call] = (None, 0, _AFTER_UPDATE)
@@ -153,6 +175,39 @@ class Engine:
         self._compressor = compressor if is_on else None
         self._idle_compressor = None if is_on else compressor
 
+    def draft_move(
+        self, transport: Transport, agreement: Agreement, places: Sequence[int], place: int
+    ) -> Callable[[], None]:
+        """Take what sums over other ranks need; give what moves to them, and cannot fail.
+
+        Parameters
+        ----------
+        transport : Transport
+            Over some of the ranks.
+        agreement : Agreement
+        places : sequence of int
+            Of those on this host their places among the ranks that it had.
+        place : int
+            This rank's among `places`.
+        """
+        on, idle = self._compressor, self._idle_compressor
+        moved = [
+            None if one is None else Compressor(transport, one.compression, one)
+            for one in (on, idle)
+        ]
+        order = order_of(transport.topology.hosts, tree=self._tree)
+        values, windows = (
+            {chunk: window.of_survivors(places, place) for chunk, window in of_chunk.items()}
+            for of_chunk in (self._values, self._windows)
+        )
+
+        def move() -> None:
+            self._transport, self._agreement, self._order = transport, agreement, order
+            self._values, self._windows = values, windows
+            self._compressor, self._idle_compressor = moved
+
+        return move
+
     def forget_values(self) -> None:
         """Let go of memory for keys that are in the store no more."""
         self._values.clear()
@@ -163,12 +218,20 @@ class Engine:
 
     def copy_lent(self, push: Push, values: list[list[Array]]) -> None:
         """Copy what lies in the store's own memory, which an updater has seen and kept."""
-        own = [*self._scratch.values(), *(window.own for window in self._values.values())]
+        own = [*self._scratch.values(), *self._apart.values()]
+        own += [window.own for window in self._values.values()]
         for arrays in values:
             arrays[:] = [_without_a_share_in(own, array) for array in arrays]
 
     def _take_memory(self, push: Push, updater: Updater) -> None:
         updater.prepare(push.buckets)
+        if self.apart:
+            apart: dict[DType, int] = {}
+            for bucket in push.dense:
+                apart[bucket.dtype] = apart.get(bucket.dtype, 0) + bucket.n_elements
+            for dtype, n_elements in apart.items():
+                if dtype not in self._apart or self._apart[dtype].size < n_elements:
+                    self._apart[dtype] = np.empty(n_elements, dtype)
         for bucket in push.buckets:
             if bucket.is_sparse:
                 # Settings decide whether one of ours takes rows, and may be changed.
@@ -255,14 +318,42 @@ class Engine:
             return
         try:
             totals = iter(self.sum_rows(push, rows) if push.sparse else ())
-            for bucket in buckets:
-                if bucket.is_sparse:
-                    self.begin_rows(bucket, updater)(next(totals))
-                else:
-                    self._run(bucket, values, updater, flags)
+            if self.apart:
+                sums = self._sum_all(buckets, values, flags)
+                self.is_whole = False
+                for bucket, total in zip(buckets, sums, strict=True):
+                    if total is None:
+                        self.begin_rows(bucket, updater)(next(totals))
+                    else:
+                        _update(updater, bucket, total)
+            else:
+                self.is_whole = False
+                for bucket in buckets:
+                    if bucket.is_sparse:
+                        self.begin_rows(bucket, updater)(next(totals))
+                    else:
+                        self._run(bucket, values, updater, flags)
         except BaseException as error:
             self.abort(push.call.name, error)
             raise
+        self.is_whole = True
+        self.steps += 1
+        self.version += 1
+
+    def _sum_all(
+        self, buckets: Sequence[Bucket], values: list[list[Array]], flags: int
+    ) -> list[Array | None]:
+        """Sum all buckets, each into memory of its own; None for one of which rows are pushed."""
+        used: dict[DType, int] = {}
+        sums: list[Array | None] = []
+        for bucket in buckets:
+            if bucket.is_sparse:
+                sums.append(None)
+                continue
+            start = used.get(bucket.dtype, 0)
+            stop = used[bucket.dtype] = start + bucket.n_elements
+            sums.append(self._sum(bucket, values, flags, self._apart[bucket.dtype][start:stop]))
+        return sums
 
     def sum_rows(self, push: Push, rows: Sequence[Rows]) -> list[Rows]:
         """Sum the rows of the keys of which only rows are pushed: one exchange for all."""
@@ -314,14 +405,19 @@ class Engine:
         failure: BaseException | None = None
         try:
             totals = iter(self.sum_rows(push, rows))
-            for bucket in buckets:
+            sums = self._sum_all(buckets, values, flags) if self.apart else None
+            self.is_whole = False
+            for number, bucket in enumerate(buckets):
                 if bucket.is_sparse:
                     update = partial(self._update_rows, updater, bucket, next(totals))
                 else:
-                    total = self._sum(bucket, values, flags)
+                    total = None if sums is None else sums[number]
+                    if total is None:
+                        total = self._sum(bucket, values, flags)
                     update = partial(_update, updater, bucket, total)
                 if failure is None:  # else the others still wait for this rank's share of the sum
                     failure = self.try_update(update)
+            self.count_updated(failure)
             error = self.mend(push, updater, failure)
         except BaseException as error:
             self.abort(push.call.name, error)
@@ -340,6 +436,13 @@ class Engine:
         except BaseException as error:  # the user's own code: all must hear of sys.exit, too
             return error
         return None
+
+    def count_updated(self, failure: BaseException | None) -> None:
+        """Take note that a push's updates have come to their end, on this rank."""
+        if failure is None:
+            self.steps += 1
+            self.version += 1
+            self.is_whole = True
 
     def abort(self, call_name: str, error: BaseException) -> None:
         """End the job: the others wait in a sum that this rank has left.
@@ -373,6 +476,7 @@ class Engine:
         self._compressor = self._idle_compressor = None
         self._last = None, 0, _AFTER_UPDATE  # its push holds the keys' memory, too
         self._scratch.clear()
+        self._apart.clear()
 
     def _call(self, push: Push, updater: Updater) -> Call:
         """Add to a push what its updater does: ranks must not update in different ways."""
@@ -415,9 +519,16 @@ class Engine:
             source = None if packed is stored else packed
             self._transport.all_reduce_to_window(source, out, run.chunk_start, stop)
 
-    def _sum(self, bucket: Bucket, values: list[list[Array]], flags: int) -> Array:
-        """Sum one bucket into scratch memory, for an updater that wants it whole."""
-        total = self._scratch[bucket.dtype][: bucket.n_elements]
+    def _sum(
+        self,
+        bucket: Bucket,
+        values: list[list[Array]],
+        flags: int,
+        total: Array | None = None,
+    ) -> Array:
+        """Sum one bucket into memory apart, by default scratch memory."""
+        if total is None:
+            total = self._scratch[bucket.dtype][: bucket.n_elements]
         if self._compressor is not None:
             self._compressor.sum(bucket, self._compressor.packed(bucket), copies_to(total))
         elif flags & _PLAIN and bucket.n_elements:
@@ -479,9 +590,14 @@ class Engine:
         reports = self._agreement.tell(said)
         failed = [rank for rank, text in enumerate(reports) if text]
         root = next((rank for rank, text in enumerate(reports) if not text), 0)
+        self.is_whole = False
         for bucket in push.buckets:
             for array in [*(m.entry.flat for m in bucket.members), *updater.states(bucket)]:
                 self._transport.broadcast(array, root)
+        if failure is not None:
+            self.count_updated(None)
+        self.version -= 1  # a push that raises does not count
+        self.is_whole = True
         if failure is not None:
             return failure
         return UpdaterError(

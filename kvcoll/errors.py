@@ -85,6 +85,18 @@ class LateRankError(WaitEndedError):
     """Ranks have kept the others waiting for longer than the hard limit."""
 
 
+class NotSurvivableError(KVCollError, RuntimeError):
+    """The MPI of the job cannot go on when a rank has died."""
+
+
+class NoWholeReplicaError(RankFailedError):
+    """A loss has interrupted the pushes of all survivors halfway."""
+
+
+class BrokenMPIError(RankFailedError):
+    """MPI gives wrong results since a rank was lost."""
+
+
 class StoreClosedError(KVCollError, RuntimeError):
     """A call to a store that was closed, or that a rank has left."""
 

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import final
 
-from .errors import KVCollError, RankLeftError, StoreClosedError, ThreadError
+from .errors import (
+    KVCollError,
+    RankLeftError,
+    StoreClosedError,
+    ThreadError,
+    WaitEndedError,
+)
 
 
 @final
@@ -65,9 +71,16 @@ class Guard:
     ) -> None:
         if isinstance(error, RankLeftError):
             self.closed = str(error)
+        elif isinstance(error, WaitEndedError):
+            pass  # the store may be of use again, without the ranks that are lost
         elif error is not None and not self.closed:
             self.closed = self._ended()
         self._leave()
+
+    def check_thread(self) -> None:
+        """Raise unless the caller's thread is the one that may call."""
+        if self._one_thread and self._thread not in (None, threading.get_ident()):
+            self._take_thread(threading.get_ident(), is_collective=False)
 
     def check_collective(self) -> None:
         """Raise what stands against a collective call from here.
@@ -94,7 +107,12 @@ class Guard:
     @property
     def inside(self) -> bool:
         """Whether a call is running already: this one comes from its updater."""
-        return self._begun - self._ended_calls > 1
+        return self._begun > self._ended_calls + 1
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is running, asked from outside of one."""
+        return self._begun > self._ended_calls
 
     def nested(self) -> KVCollError:
         """Make the error of a collective call from within an updater."""

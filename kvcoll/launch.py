@@ -26,6 +26,7 @@ from .replica import Entry
 from .schema import Key
 from .slots import Slots
 from .sparse import Rows
+from .topology import Topology
 from .transport.contract import Sink
 from .updater import RowsSink, Updater
 
@@ -92,6 +93,14 @@ class Launch(ABC):
         """The number of the thread in which updates run beside the caller, if any."""
 
     @abstractmethod
+    def interrupt(self) -> None:
+        """Drop all pushes that wait; only once all waiting for other ranks has been ended."""
+
+    @abstractmethod
+    def move(self, topology: Topology, agreement: Agreement) -> None:
+        """Go on with other ranks, after `interrupt`."""
+
+    @abstractmethod
     def raise_untold(self) -> None:
         """Raise why pushes were given up, if nobody has been told."""
 
@@ -147,6 +156,12 @@ class InLine(Launch):
     def ident(self) -> int | None:
         """None."""
         return None
+
+    def interrupt(self) -> None:
+        """Do nothing."""
+
+    def move(self, topology: Topology, agreement: Agreement) -> None:
+        """Do nothing."""
 
     def raise_untold(self) -> None:
         """Do nothing."""
@@ -214,9 +229,11 @@ class _Waiting:
         """Give back the memory of a bucket that has been summed."""
         self._slots.give_back(_slot_bytes(packed.bucket), packed.slot)
 
-    def add(self, keys: Iterable[Key], priority: int, run: partial[None]) -> None:
+    def add(
+        self, keys: Iterable[Key], priority: int, run: partial[None], drop: Callable[[], None]
+    ) -> None:
         """Queue a job."""
-        job = Job(self._n_jobs, priority, run)
+        job = Job(self._n_jobs, priority, run, drop)
         self._n_jobs += 1
         self._backlog.add(job)
         for key in keys:
@@ -251,10 +268,28 @@ class _Behind(Launch):
         As for `Backlog`.
     """
 
+    #: Whether every rank knows by itself what is next.
+    _all_lead = False
+
     def __init__(self, engine: Engine, *, leads: bool, agree: Callable[[int], int]) -> None:
         self._engine = engine
+        self._begin(leads=leads, agree=agree)
+
+    @final
+    def _begin(self, *, leads: bool, agree: Callable[[int], int]) -> None:
+        """Begin with an empty backlog."""
+        self._agree = agree
         self._backlog = Backlog(leads=leads, agree=agree, failed=self._abort)
-        self._waiting = _Waiting(engine, self._backlog)
+        self._waiting = _Waiting(self._engine, self._backlog)
+
+    def interrupt(self) -> None:
+        """End the thread, and take back what the jobs have begun that were not run."""
+        for job in self._backlog.interrupt():
+            job.drop()
+
+    def move(self, topology: Topology, agreement: Agreement) -> None:
+        """Begin anew."""
+        self._begin(leads=self._all_lead or topology.rank == 0, agree=self._agree)
 
     @final
     def drain(self) -> None:
@@ -299,6 +334,8 @@ class Overlap(_Behind):
 
     def __init__(self, engine: Engine, *, leads: bool) -> None:
         super().__init__(engine, leads=leads, agree=engine.from_rank_0)
+        self._unfinished: deque[list[int]] = deque()  # of each push how many jobs it has left
+        self._counting = threading.Lock()
 
     def reserve(self, push: Push, updater: Updater, values: list[list[Array]]) -> Call:
         """Wait until no sum waits for these keys, too."""
@@ -324,13 +361,18 @@ class Overlap(_Behind):
         if updater.may_raise or push.sparse:
             self._engine.push_agreed(push, values, updater, flags, rows)
             return
+        left = [len(push.buckets)]
+        with self._counting:
+            self._unfinished.append(left)
+        self._count_whole()
+        in_pieces = not (updater.needs_whole_keys or self._engine.apart)
         try:
             for bucket in push.buckets:
                 dtype = self._engine.packed_dtype(bucket, flags)
                 packed = self._waiting.pack(bucket, values, updater, dtype)
                 keys = [member.entry.spec.key for member in bucket.members]
-                run = partial(self._sum, packed, in_pieces=not updater.needs_whole_keys)
-                self._waiting.add(keys, priority, run)
+                run = partial(self._sum, packed, left, in_pieces=in_pieces)
+                self._waiting.add(keys, priority, run, partial(updater.take_back, bucket))
         except BaseException as error:
             self._engine.abort(push.call.name, error)
             raise
@@ -349,13 +391,32 @@ class Overlap(_Behind):
         """Never anything: a sum that fails ends the job."""
         return ""
 
-    def _sum(self, packed: _Packed, *, in_pieces: bool) -> None:
+    def interrupt(self) -> None:
+        """Drop what waits; of a push of which keys have been updated the others miss it."""
+        super().interrupt()
+        self._unfinished.clear()
+
+    def _sum(self, packed: _Packed, left: list[int], *, in_pieces: bool) -> None:
+        engine = self._engine
         if in_pieces:
-            self._engine.sum_packed(packed.bucket, packed.source, packed.sink)
+            engine.is_whole = False
+            engine.sum_packed(packed.bucket, packed.source, packed.sink)
         else:
-            self._engine.sum_packed_whole(packed.bucket, packed.source, packed.total)
+            engine.sum_packed_whole(packed.bucket, packed.source, packed.total)
+            engine.is_whole = False
             packed.sink(0, packed.bucket.n_elements, packed.total)
+        engine.is_whole = True
+        engine.steps += 1
+        left[0] -= 1
+        self._count_whole()
         self._waiting.give_back(packed)
+
+    def _count_whole(self) -> None:
+        """Count the pushes that are whole, and all before them, as versions."""
+        with self._counting:
+            while self._unfinished and not self._unfinished[0][0]:
+                self._unfinished.popleft()
+                self._engine.version += 1
 
 
 @final
@@ -374,11 +435,13 @@ class Late(_Behind):
     """
 
     is_beside = True
+    _all_lead = True
 
     def __init__(self, engine: Engine, agreement: Agreement, *, staleness: int) -> None:
         # Jobs run by their numbers, which are the same everywhere: nobody need be asked.
         super().__init__(engine, leads=True, agree=lambda number: number)
         self.reading = threading.RLock()
+        self._applied: Sequence[_Packed | RowsSink] = ()  # of the push that was complete last
         self._agreement = agreement
         self._staleness = staleness
 
@@ -413,7 +476,8 @@ class Late(_Behind):
             for bucket in push.buckets
         ]
         keys = [entry.spec.key for entry in push.entries]
-        self._waiting.add(keys, 0, partial(self._run, push, parts, rows, updater, call))
+        run = partial(self._run, push, parts, rows, updater, call)
+        self._waiting.add(keys, 0, run, partial(self._take_back, push, parts, updater))
         if self._staleness == 0 or not updater.keeps_settings:
             self._waiting.wait(push.entries)
 
@@ -431,8 +495,19 @@ class Late(_Behind):
 
     @property
     def ended(self) -> str:
-        """Which error of a push it was."""
-        return self._backlog.failure
+        """Which error of a push it was; lost ranks may be left behind."""
+        return "" if self._backlog.was_interrupted else self._backlog.failure
+
+    def move(self, topology: Topology, agreement: Agreement) -> None:
+        """Begin anew."""
+        super().move(topology, agreement)
+        self._agreement = agreement
+
+    def _take_back(self, push: Push, parts: Sequence[_Packed | RowsSink], updater: Updater) -> None:
+        # The ranks may have been interrupted as they asked whether it has failed elsewhere.
+        if parts is not self._applied:
+            for bucket in push.buckets:
+                updater.take_back(bucket)
 
     def _run(
         self,
@@ -446,17 +521,18 @@ class Late(_Behind):
             self._agreement.confirm(call)
         except Exception as error:
             raise SharedError(error) from error
-        failure: BaseException | None = None
         totals = iter(self._engine.sum_rows(push, rows))
-        for part in parts:
+        updates = []
+        for part in parts:  # all sums before the first update: a loss then leaves all as it was
             if isinstance(part, _Packed):
                 self._engine.sum_packed_whole(part.bucket, part.source, part.total)
-                update = partial(part.sink, 0, part.bucket.n_elements, part.total)
+                updates.append(partial(part.sink, 0, part.bucket.n_elements, part.total))
             else:
-                update = partial(part, next(totals))
-            if failure is None:
-                with self.reading:
-                    failure = self._engine.try_update(update)
+                updates.append(partial(part, next(totals)))
+        failure = self._update_all(updates)
+        if failure is None:
+            self._applied = parts
+        for part in parts:
             if isinstance(part, _Packed):
                 self._waiting.give_back(part)
         if not updater.may_raise:
@@ -467,6 +543,18 @@ class Late(_Behind):
             told = self._engine.mend(push, updater, failure)
         if told is not None:
             raise SharedError(told)
+
+    def _update_all(self, updates: Sequence[Callable[[], None]]) -> BaseException | None:
+        """Run updates, the first that fails being the last; give what it has raised."""
+        failure: BaseException | None = None
+        for update in updates:
+            with self.reading:
+                self._engine.is_whole = False
+                failure = self._engine.try_update(update)
+            if failure is not None:
+                break
+        self._engine.count_updated(failure)
+        return failure
 
 
 def _slot_bytes(bucket: Bucket) -> int:

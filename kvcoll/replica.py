@@ -9,7 +9,7 @@ ranks, before the first key is in it; the order of the keys in memory is the ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -125,6 +125,11 @@ class Replica:
             self._open[entry.spec.dtype] = entry.chunk
             entry.chunk.used = entry.stop
             self._n_bytes += entry.value.nbytes
+
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Leave keys out; the memory stays taken."""
+        for key in keys:
+            del self.entries[key]
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -8,6 +8,7 @@ ranks in place of the agreement, and every rank raises it.
 from __future__ import annotations
 
 import builtins
+import json
 import operator
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from .base import KVStoreBase
 from .bucket import BUCKET_BYTES
 from .bucket import plan as plan_buckets
 from .checkpoint import Checkpoint, Checkpoints, Contents, Loaded
+from .checkpoint.memory import joined
 from .compression import describe, parse
 from .compressor import Compressor
 from .engine import Engine, Push
@@ -34,12 +36,14 @@ from .errors import (
     KeyExistsError,
     KeyNotFoundError,
     RanksDisagreeError,
+    WaitEndedError,
     text_of,
 )
 from .files import as_path
 from .guard import Guard, Reading
 from .launch import InLine, Launch
 from .outputs import Output, checked_outputs, fill
+from .recovery import Left, Recoverable, Standing
 from .replica import Entry, Replica
 from .row_pull import row_sparse_pull
 from .schema import (
@@ -138,6 +142,10 @@ class KVStore(KVStoreBase):
         Makes of the store's engine a `Launch`, which says when pushes run.
     tree : bool, default False
         Whether the transport adds in a binary tree over the ranks.
+    apart : bool, default False
+        Whether sums are complete before a stored value is touched.
+    recovering : callable, optional
+        Brings all stores that share the ranks, this one included, to those that are left.
     """
 
     def __init__(
@@ -149,12 +157,15 @@ class KVStore(KVStoreBase):
         one_thread: bool,
         launching: Callable[[Engine], Launch] = InLine,
         tree: bool = False,
+        apart: bool = False,
+        recovering: Callable[[], None] | None = None,
     ) -> None:
         self._type = type_
         self._transport = transport
         self._topology = transport.topology
         self._agreement = agreement
-        self._engine = Engine(transport, agreement, tree=tree)
+        self._engine = Engine(transport, agreement, tree=tree, apart=apart)
+        self._recovering = recovering
         self._launch = launching(self._engine)
         self._updater: Updater = Assign()
         self._replica = Replica()
@@ -916,6 +927,7 @@ KeyKindError, ArrayError
                 raise
             with self._launch.reading:
                 self._updater, self._version, checkpoint = loaded.apply()
+                self._engine.version = self._version
             self._engine.restore(compressor, is_on=loaded.is_compressed)
             self._plans.clear()  # they hold the states of before
             return checkpoint
@@ -974,6 +986,63 @@ KeyKindError, ArrayError
     def num_active(self) -> int:
         """Over how many ranks the last push was summed: all but those at the end of `join`."""
         return self._agreement.num_active
+
+    def recover(self) -> int:
+        """Go on without the ranks that were lost; called by all that are left.
+
+        To be called once a call has raised `RankLostError` (or `LateRankError`, when the late
+        ranks come to it, too). All stores of the same communicator go on together, each with
+        all of its keys, values, optimizer states and settings, and views and arrays
+        that `view` and `empty` gave stay what they are; `rank`, `num_workers`, `local_rank` and
+        `num_hosts` change. What depends on the number of ranks is to be set anew::
+
+            while kv.version < n_batches:
+                try:
+                    share = batches[kv.version][kv.rank :: kv.num_workers]
+                    kv.push(names, gradients(params, share))
+                    kv.pull(names, out=params)
+                except kvcoll.errors.RankLostError:
+                    kv.recover()
+                    kv.pull(names, out=params)
+
+        Returns
+        -------
+        int
+            `version`: how many pushes are in the values, the same on all ranks now; the program
+            goes on from there. It may be one less, or one more, than on some rank before.
+
+        Raises
+        ------
+        NoWholeReplicaError
+            The loss has interrupted a push halfway on all ranks: load a checkpoint. Stores that
+            were created with ``elastic=True`` are never in that state.
+        BrokenMPIError
+            MPI gives wrong sums since the loss.
+        NotSurvivableError
+            This MPI cannot go on after a loss: it needs Open MPI 5 and
+            ``mpirun --with-ft ulfm``.
+        ThreadError
+            The wrong thread calls it, or an updater.
+
+        Notes
+        -----
+        Pushes under way are dropped on all ranks alike. Where they ran behind their callers
+        (see `create`), all that were not complete: with `overlap` of a push that was
+        summed in part the keys that had been updated keep it, and it does not count; with
+        ``'dist_async'`` a push is applied wholly or not at all. Replicas that are ahead of the
+        earliest whole one, or not whole, are copied from it, with the optimizer's states; the
+        states of a user's own updater are the user's. What gradient compression has left over
+        stays each rank's own, and that of lost ranks is lost. A key whose `init` was not
+        complete on all ranks is in none any more. A checkpoint under way comes to nothing.
+        A further loss meanwhile is survived, too. Cost: some 10 ms and, where a replica must be
+        copied, MPI_Bcast of values and states. MPI_Comm_revoke, _shrink, _agree (ULFM).
+        """
+        if self._guard.is_busy or self._guard.is_beside:
+            raise self._guard.nested()
+        self._guard.check_thread()
+        if self._recovering is not None:
+            self._recovering()
+        return self._version
 
     def close(self) -> None:
         """Give back communicators and memory; called by all ranks. Twice does nothing.
@@ -1120,9 +1189,14 @@ KeyKindError, ArrayError
             given = [by_key[k] for k in (as_keys(key)[0])]
             outputs = [] if out is _NO_OUTPUT else checked_outputs(given, is_list, out)
         self._agreement.confirm(call)
-        self._engine.place(drafted)
-        self._replica.keep(drafted, values)
-        self._engine.broadcast(drafted)
+        try:
+            self._engine.place(drafted)
+            self._replica.keep(drafted, values)
+            self._engine.broadcast(drafted)
+        except WaitEndedError:  # as if it had not begun: values of this rank are not rank 0's
+            kept = self._replica.entries
+            self._replica.drop([entry.spec.key for entry in drafted if entry.spec.key in kept])
+            raise
         if drafted:
             self._kind = builtins.type(drafted[0].spec.key)
         return outputs
@@ -1260,6 +1334,74 @@ KeyKindError, ArrayError
             self._plans.clear()
         self._plans[tuple(keys) if is_list else keys[0]] = plan
         return plan
+
+
+@final
+class Survivor(Recoverable):
+    """A store, as recovery sees it.
+
+    Parameters
+    ----------
+    store : KVStore
+    number : int
+    tree, patient, is_late : bool
+        See `Recoverable`.
+    """
+
+    def __init__(
+        self, store: KVStore, number: int, *, tree: bool, patient: bool, is_late: bool
+    ) -> None:
+        self.store = store
+        self.number, self.tree, self.patient, self.is_late = number, tree, patient, is_late
+
+    def interrupt(self) -> None:
+        """End what runs behind its caller."""
+        self.store._launch.interrupt()
+
+    def standing(self) -> Standing:
+        """Ask the engine."""
+        store, engine = self.store, self.store._engine
+        kind = store._updater.describe().split("(")[0]
+        keys = list(store._replica.entries)
+        return Standing(engine.steps, engine.version, engine.is_whole, keys, kind)
+
+    def told(self) -> str:
+        """Ask the updater."""
+        return json.dumps(self.store._updater.told())
+
+    def level(self, told: str, keys: Sequence[Key], *, is_source: bool) -> list[Array]:
+        """Give values and states; neighbours as one."""
+        store = self.store
+        entries, kept = store._replica.entries, set(keys)
+        store._replica.drop([key for key in entries if key not in kept])
+        store._plans.clear()
+        store._engine.is_whole = is_source
+        states = store._updater.level(json.loads(told), entries)
+        return joined([*(entry.flat for entry in entries.values()), *states])
+
+    def levelled(self, standing: Standing) -> None:
+        """Count as the source does."""
+        engine = self.store._engine
+        engine.steps, engine.version, engine.is_whole = standing.steps, standing.version, True
+
+    def prepare(self, transport: Transport, agreement: Agreement, left: Left) -> Callable[[], None]:
+        """Draft what the engine needs."""
+        store, topology = self.store, left.topology
+        place = topology.ranks_on(topology.host).index(topology.rank)
+        move = store._engine.draft_move(transport, agreement, left.places, place)
+
+        def commit() -> None:
+            move()
+            store._transport, store._topology, store._agreement = transport, topology, agreement
+            store._launch.move(topology, agreement)
+            store._checkpoints.move(transport, agreement)
+            store._version = store._engine.version
+
+        return commit
+
+    def lose(self, why: str) -> None:
+        """Close the store."""
+        self.store._guard.closed = why
 
 
 def _pushed_values(plan: _Plan, value: Any) -> tuple[list[list[Array]], dict[int, list[RowSparse]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +79,31 @@ class Updater(ABC):
     def describe(self) -> str:
         """Say what this is, for messages."""
 
+    @abstractmethod
+    def take_back(self, bucket: Bucket) -> None:
+        """Take back a `begin` whose sum will not come: its keys count one update less."""
+
+    def told(self) -> Any:
+        """Say in what JSON holds what else than arrays another one needs to go on as this one."""
+        return None
+
+    def level(self, told: Any, entries: Mapping[Key, Entry]) -> list[Array]:
+        """Become what another one has told of itself, but for arrays that are still to be copied.
+
+        Parameters
+        ----------
+        told : any
+            What its `told` gave.
+        entries : mapping
+            The keys of the store.
+
+        Returns
+        -------
+        list of numpy.ndarray
+            What is to be copied, flat; the same on all ranks.
+        """
+        return []
+
 
 @final
 class Assign(Updater):
@@ -137,6 +162,14 @@ class Assign(Updater):
         """Say that there is none."""
         return "no updater"
 
+    def take_back(self, bucket: Bucket) -> None:
+        """Do nothing: nothing is counted."""
+
+    def level(self, told: Any, entries: Mapping[Key, Entry]) -> list[Array]:
+        """Forget where rows were written."""
+        self._written.clear()
+        return []
+
 
 @final
 class Custom(Updater):
@@ -181,6 +214,9 @@ class Custom(Updater):
     def describe(self) -> str:
         """Say that it is the user's."""
         return "an updater"
+
+    def take_back(self, bucket: Bucket) -> None:
+        """Do nothing: it has not been called yet."""
 
 
 @dataclass
@@ -351,6 +387,26 @@ class Optimize(Updater):
         """
         self._make_states(entry.chunk)
         self._counts[entry.spec.key] = count
+
+    def take_back(self, bucket: Bucket) -> None:
+        """Count the bucket's keys, and all updates, as before the last `begin`."""
+        for member in bucket.members:
+            self._counts[member.entry.spec.key] -= 1
+        least = self._optimizer.begin_num_update
+        self._optimizer.num_update = max([least, *self._counts.values()])
+
+    def told(self) -> Any:
+        """Give the counts; a key without a count has no states that are of use."""
+        return [self._optimizer.num_update, list(self._counts.items())]
+
+    def level(self, told: Any, entries: Mapping[Key, Entry]) -> list[Array]:
+        """Take the counts; give the states."""
+        self._optimizer.num_update, counts = told
+        self._counts.clear()
+        self._counts.update((key, count) for key, count in counts if key in entries)
+        for key in self._counts:
+            self._make_states(entries[key].chunk)
+        return [state for key in self._counts for state in self.states_of(entries[key])]
 
     def all_states(self) -> list[Array]:
         """Give the memory of all states as few flat arrays, the same on all ranks."""

@@ -4,6 +4,7 @@
     python scripts/train.py --kv-store local
     mpirun -np 4 python scripts/train.py --plot curve.png --weights digits.safetensors
     mpirun -np 4 python scripts/train.py --checkpoint run --resume
+    mpirun --with-ft ulfm -np 4 python scripts/train.py --elastic
 
 Rules of the file:
 
@@ -37,6 +38,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import train_checkpoint
+import train_elastic
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -84,8 +86,8 @@ def main() -> int:
     args = parse_args()
     waits = args.kv_store.lower().replace("dist_async", "dist_sync")  # for sums at once
     with (
-        kvcoll.create(args.kv_store, overlap=args.overlap) as kv,
-        kvcoll.create(waits) as sums,
+        kvcoll.create(args.kv_store, overlap=args.overlap, elastic=args.elastic) as kv,
+        kvcoll.create(waits, elastic=args.elastic) as sums,
     ):
         return run(args, kv, sums)
 
@@ -130,23 +132,48 @@ def fit(
     kv.pull(names, out=values)  # from here on rank 0's values on every rank
 
     sums.init("score", np.zeros(2))
+    train_elastic.prepare(args, sums)
     epochs = epochs or [Epoch(0, *score(sums, params, train, test))]
     yield from epochs
-    for number in range(epochs[-1].number + 1, args.epochs + 1):
-        started_s, store_s = perf_counter(), 0.0
-        for batch in shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)):
-            share = batch[kv.rank :: kv.num_workers]
-            gradients = backward(params, train.pixels[share], train.digits[share])
-            pushed_s = perf_counter()
-            kv.push(names, [gradients[name] for name in names])
-            kv.pull(names, out=values)
-            store_s += perf_counter() - pushed_s
-        kv.barrier()  # where pushes are late, they are applied now
+    while epochs[-1].number < args.epochs:
+        try:
+            number = epochs[-1].number + 1
+            epochs = [*epochs, train_epoch(args, kv, sums, params, train, test, number)]
+            train_checkpoint.save(args, kv, [dataclasses.asdict(epoch) for epoch in epochs])
+        except kvcoll.errors.RankLostError as error:
+            if not args.elastic:
+                raise
+            epochs = epochs[: train_elastic.go_on(kv, sums, len(epochs), error)]
+        else:
+            yield epochs[-1]
+
+
+def train_epoch(
+    args: argparse.Namespace,
+    kv: kvcoll.KVStore,
+    sums: kvcoll.KVStore,
+    params: Params,
+    train: Samples,
+    test: Samples,
+    number: int,
+) -> Epoch:
+    """Train to the end of an epoch, from the store's version on; return where it stands."""
+    names, values = list(params), list(params.values())
+    batches = math.ceil(len(train.digits) / args.batch_size)
+    kv.pull(names, out=values)
+    started_s, store_s = perf_counter(), 0.0
+    order = list(shuffled_batches(len(train.digits), args.batch_size, (args.seed, number)))
+    while kv.version < number * batches:
+        share = order[kv.version % batches][kv.rank :: kv.num_workers]
+        gradients = backward(params, train.pixels[share], train.digits[share])
+        pushed_s = perf_counter()
+        kv.push(names, [gradients[name] for name in names])
         kv.pull(names, out=values)
-        train_s = perf_counter() - started_s
-        epochs = [*epochs, Epoch(number, *score(sums, params, train, test), train_s, store_s)]
-        train_checkpoint.save(args, kv, [dataclasses.asdict(epoch) for epoch in epochs])
-        yield epochs[-1]
+        store_s += perf_counter() - pushed_s
+    kv.barrier()  # where pushes are late, they are applied now
+    kv.pull(names, out=values)
+    train_s = perf_counter() - started_s
+    return Epoch(number, *score(sums, params, train, test), train_s, store_s)
 
 
 def create_optimizer(args: argparse.Namespace) -> kvcoll.optimizer.Optimizer:
@@ -442,6 +469,7 @@ def parse_args() -> argparse.Namespace:
         help="auto: a bar on a terminal; bar: also where mpirun hides the terminal",
     )
     train_checkpoint.add_options(parser)
+    train_elastic.add_options(parser)
     add("--start-from", type=Path, metavar="FILE", help="start from these weights")
     add("--weights", type=Path, metavar="FILE", help="write the weights, as safetensors")
     add("--json", type=Path, metavar="FILE", help="write the numbers of every epoch")

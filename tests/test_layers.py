@@ -57,6 +57,7 @@ FLOORS = {
     "launch": 9,
     "store": 10,
     "teststore": 10,
+    "watching": 10,
     "create": 11,
     "__init__": 12,
     "doctor": 12,

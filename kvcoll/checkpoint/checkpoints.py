@@ -152,6 +152,17 @@ class Checkpoints:
                 return error
         return None
 
+    def move(self, transport: Transport, agreement: Agreement) -> None:
+        """Go on with other ranks; what was being saved comes to nothing."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.give_up()
+            writing.end()
+            self._discard(writing.folder)
+        self._together, self._agreement = Together(agreement), agreement
+        self._transport = transport
+        self._rank, self._size = transport.topology.rank, transport.topology.size
+
     def open(self, path: object, contents: Callable[[], Contents]) -> Loading:
         """Find a checkpoint and check it against the store; see `KVStore.load`."""
         with self._checked("load()"):

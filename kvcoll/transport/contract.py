@@ -8,7 +8,7 @@ what can fail on one rank alone is done before the call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -50,6 +50,20 @@ class Window:
     def own(self) -> Array:
         """The memory of this rank, to be written to."""
         return self.rows[self.place]
+
+    def of_survivors(self, places: Sequence[int], place: int) -> Window:
+        """Leave out the ranks that are lost; no array moves.
+
+        Parameters
+        ----------
+        places : sequence of int
+            Which of the rows are those of survivors, in the order of their ranks.
+        place : int
+            Which of them is this rank's.
+        """
+        if not self.is_shared:
+            return self
+        return Window(tuple(self.rows[k] for k in places), place, True)
 
 
 class Transport(ABC):

@@ -7,10 +7,12 @@ works under every MPI and the order of a sum is ours, not the library's.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import numpy as np
@@ -19,6 +21,7 @@ from ..arrays import Array, DType, wide
 from ..errors import ArgumentError, MissingDependencyError, RanksDisagreeError
 from ..sums import Adder
 from ..topology import Topology
+from . import survivors
 from .alarm import Alarm
 from .contract import Exchange, Messenger, Pending, Sink, Transport, Window
 from .launcher import (
@@ -109,6 +112,17 @@ def default_communicator() -> MPI.Intracomm:
     return world
 
 
+def finalize() -> None:
+    """End MPI (MPI_Finalize), while other threads run: mpi4py's own call holds them up."""
+    ctypes.CDLL(import_mpi().__file__).MPI_Finalize()
+
+
+def is_finalized() -> bool:
+    """Say whether MPI was not started, or has been ended."""
+    mpi = import_mpi()
+    return not mpi.Is_initialized() or bool(mpi.Is_finalized())
+
+
 def allows_threads() -> bool:
     """Say whether several threads may call MPI at once (MPI_THREAD_MULTIPLE)."""
     mpi = import_mpi()
@@ -124,6 +138,33 @@ def is_world(comm: object) -> bool:
 def losses_of(comm: MPI.Intracomm, alarm: Alarm | None = None) -> Losses:
     """Give what MPI knows of ranks of a communicator that have died."""
     return Losses(import_mpi(), comm, alarm or Alarm())
+
+
+def regroup(comm: MPI.Intracomm, *, stays: bool = True) -> Any:
+    """Give a communicator of the survivors that stay; see `survivors.regroup`."""
+    return survivors.regroup(import_mpi(), comm, stays=stays)
+
+
+def limited(comm: MPI.Intracomm, what: str, limit_s: float) -> AbstractContextManager[None]:
+    """End the job if a with-block takes longer; see `survivors.limited`."""
+    return survivors.limited(comm, what, limit_s)
+
+
+def agree(comm: MPI.Intracomm, bits: int) -> int | None:
+    """Give the bits that all ranks gave, None if one has died; see `survivors.agree`."""
+    return survivors.agree(import_mpi(), comm, bits)
+
+
+def check_collectives(comm: MPI.Intracomm, losses: Losses) -> None:
+    """Raise unless collectives give what they should; see `survivors.check_collectives`."""
+    with losses:
+        survivors.check_collectives(import_mpi(), comm)
+
+
+def ranks_in(comm: MPI.Intracomm, other: MPI.Intracomm) -> list[int]:
+    """Give for each rank of a communicator its rank in another one."""
+    mpi = import_mpi()
+    return [int(r) for r in mpi.Group.Translate_ranks(comm.group, None, other.group)]
 
 
 def duplicate(comm: object, limit_s: float, losses: Losses | None = None) -> MPI.Intracomm:

@@ -1,0 +1,315 @@
+"""Going on without ranks that were lost: all stores of a communicator, on the ranks that are left.
+
+Rules of the file: all survivors take all steps, and agree at the end that they have come
+through; a loss on the way makes all of them begin anew. Until then a store changes only where
+its replica is brought to the state of another, and knows of it by not being whole meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, final
+
+from .agreement import AcrossRanks, Agreement
+from .arrays import Array
+from .errors import NoWholeReplicaError, RankFailedError, WaitEndedError
+from .reduction import transport_for
+from .schema import Key
+from .topology import Topology
+from .transport.alarm import Alarm
+from .transport.contract import Transport
+from .transport.losses import Losses
+from .transport.waiting import Waiting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_NOT_ALL = "not all ranks that are left have it: it was being made or closed when one was lost"
+_CAME_THROUGH, _WELL = 1, 2  # bits of an agreement
+
+
+@dataclass(eq=False)
+class Link:
+    """What the stores of one communicator share.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Intracomm
+    topology : Topology
+    ranks : AcrossRanks
+    losses : Losses
+    idle : callable
+        As for `AcrossRanks`.
+    n_made : int
+        How many stores were made.
+    """
+
+    comm: MPI.Intracomm
+    topology: Topology
+    ranks: AcrossRanks
+    losses: Losses
+    idle: Callable[[], None]
+    n_made: int = 0
+
+    def move(
+        self, comm: MPI.Intracomm, topology: Topology, ranks: AcrossRanks, losses: Losses
+    ) -> None:
+        """Go on with other ranks."""
+        self.comm, self.topology, self.ranks, self.losses = comm, topology, ranks, losses
+
+    def count(self, n_made: int) -> None:
+        """Count the stores that were made on any rank."""
+        self.n_made = n_made
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far one rank's replica has come.
+
+    Attributes
+    ----------
+    steps : int
+        Counts what has been applied, as finely as that may be interrupted.
+    version : int
+        How many pushes are wholly in it.
+    is_whole : bool
+        Whether nothing has been interrupted while it changed.
+    keys : list of int or str
+    updater : str
+        Of which kind.
+    """
+
+    steps: int
+    version: int
+    is_whole: bool
+    keys: Sequence[Key]
+    updater: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """The ranks that are left, as one of them sees them.
+
+    Attributes
+    ----------
+    topology : Topology
+        Of them.
+    before : tuple of int
+        For each of them the rank that it had.
+    places : tuple of int
+        For those of this host their places among the ranks that it had.
+    """
+
+    topology: Topology
+    before: tuple[int, ...]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, old: Topology, new: Topology, before: Sequence[int]) -> Left:
+        """Find the places."""
+        here = old.ranks_on(old.host)
+        places = tuple(here.index(before[rank]) for rank in new.ranks_on(new.host))
+        return cls(new, tuple(before), places)
+
+
+class Recoverable(ABC):
+    """A store, as recovery sees it.
+
+    Attributes
+    ----------
+    number : int
+        The same on all ranks.
+    tree, patient, is_late : bool
+        As it was created: adds in a tree; waits politely; agrees in a thread of its own.
+    """
+
+    number: int
+    tree: bool
+    patient: bool
+    is_late: bool
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Let go of pushes under way; to be called once the alarm has sounded."""
+
+    @abstractmethod
+    def standing(self) -> Standing:
+        """Say how far the replica has come."""
+
+    @abstractmethod
+    def told(self) -> str:
+        """Say in JSON what else than arrays another replica needs to become as this one."""
+
+    @abstractmethod
+    def level(self, told: str, keys: Sequence[Key], *, is_source: bool) -> list[Array]:
+        """Give the arrays that are to be copied from the source, the same on all ranks.
+
+        The replica is not whole from now on, unless it is the source.
+
+        Parameters
+        ----------
+        told : str
+            What the source's `told` gave.
+        keys : sequence of int or str
+            Which all survivors have; others are dropped.
+        is_source : bool
+        """
+
+    @abstractmethod
+    def levelled(self, standing: Standing) -> None:
+        """Take note that the copy is complete, and of whose state it is."""
+
+    @abstractmethod
+    def prepare(self, transport: Transport, agreement: Agreement, left: Left) -> Callable[[], None]:
+        """Take what moving to other ranks needs; give what moves, and cannot fail."""
+
+    @abstractmethod
+    def lose(self, why: str) -> None:
+        """Close: not all survivors have this store."""
+
+
+def recover(link: Link, stores: Mapping[Recoverable, Link], limit_s: float) -> None:
+    """Leave lost ranks behind; called by all survivors.
+
+    Parameters
+    ----------
+    link : Link
+        It and the stores are of the survivors afterwards.
+    stores : mapping of Recoverable to Link
+        All stores of the link, each with that by which it agrees: a late one has its own.
+    limit_s : float
+        How long to wait for the others.
+
+    Raises
+    ------
+    NoWholeReplicaError, BrokenMPIError, RankFailedError
+        There is no going on; on all survivors.
+    """
+    from .transport import mpi
+
+    link.losses.alarm.sound(WaitEndedError("another rank called recover()"))
+    for store in stores:
+        store.interrupt()
+    late = f"not all ranks that are left came through recover() within {limit_s:g} s"
+    base = link.comm
+    while True:
+        with mpi.limited(link.comm, late, limit_s):
+            base = mpi.regroup(base)
+            attempt = _Attempt(link, base, stores, limit_s)
+            bits = attempt.run()
+        if bits == _CAME_THROUGH | _WELL:
+            break
+        if bits is not None and not bits & _WELL:
+            raise attempt.error or RankFailedError(
+                "recover() failed on another rank, which has raised why"
+            )
+    attempt.commit()
+
+
+@final
+class _Attempt:
+    """One try to bring all stores to a new communicator."""
+
+    def __init__(
+        self, link: Link, comm: MPI.Intracomm, stores: Mapping[Recoverable, Link], limit_s: float
+    ) -> None:
+        from .transport import mpi
+
+        self._link, self._comm, self._stores, self._limit_s = link, comm, stores, limit_s
+        self._losses = mpi.losses_of(comm, Alarm())
+        self._commits: list[Callable[[], None]] = []
+        self.error: Exception | None = None
+
+    def run(self) -> int | None:
+        """Do all but what cannot fail; give what all ranks say of it, None if one has died."""
+        from .transport import mpi
+
+        bits = _CAME_THROUGH | _WELL
+        try:
+            self._try()
+        except WaitEndedError:
+            bits = _WELL
+        except Exception as error:  # whatever it is: the others wait to agree
+            self.error, bits = error, _CAME_THROUGH
+        if bits != _CAME_THROUGH | _WELL:
+            # Whoever waits in a call of this attempt comes out: it will not be completed.
+            self._losses.alarm.sound(WaitEndedError("recover() has not come through"))
+        return mpi.agree(self._comm, bits)
+
+    def commit(self) -> None:
+        """Go on with what is left."""
+        for commit in self._commits:
+            commit()
+
+    def _try(self) -> None:
+        from .transport import mpi
+
+        link, comm, losses = self._link, self._comm, self._losses
+        mpi.check_collectives(comm, losses)
+        topology = mpi.topology_of(comm, losses)
+        messenger = mpi.MpiMessenger(comm, topology, losses=losses)
+        ranks = AcrossRanks(messenger, losses.alarm, link.idle)
+        left = Left.of(link.topology, topology, mpi.ranks_in(comm, link.comm))
+        mine = {str(store.number): asdict(store.standing()) for store in self._stores}
+        told = [json.loads(text) for text in ranks.tell(json.dumps([link.n_made, mine]))]
+        n_made = max(one[0] for one in told)
+        everywhere = set.intersection(*(set(one[1]) for one in told))
+        for store in sorted(self._stores, key=lambda store: store.number):
+            number = str(store.number)
+            if number not in everywhere:
+                self._commits.append(partial(store.lose, _NOT_ALL))
+                continue
+            own = mpi.duplicate(comm, self._limit_s, losses)
+            transport = transport_for(own, topology, losses, tree=store.tree, patient=store.patient)
+            _level(store, [Standing(**one[1][number]) for one in told], ranks, transport)
+            if store.is_late:
+                its_ranks = late_ranks(own, topology, losses, link.idle)
+                its_link = self._stores[store]
+                self._commits.append(partial(its_link.move, own, topology, its_ranks, losses))
+            else:
+                its_ranks = ranks
+            self._commits.append(store.prepare(transport, its_ranks.of_store(), left))
+        link_moves = partial(link.move, comm, topology, ranks, losses)
+        self._commits += [link_moves, partial(link.count, n_made)]
+
+
+def late_ranks(
+    own: MPI.Intracomm, topology: Topology, losses: Losses, idle: Callable[[], None]
+) -> AcrossRanks:
+    """Make the agreement of one store, whose thread agrees while the caller uses others."""
+    from .transport import mpi
+
+    messenger = mpi.MpiMessenger(own, topology, Waiting.patient(losses.alarm), losses)
+    return AcrossRanks(messenger, losses.alarm, idle, one_error_ends=True)
+
+
+def _level(
+    store: Recoverable, standings: list[Standing], ranks: AcrossRanks, transport: Transport
+) -> None:
+    """Bring all replicas of a store to one state: the earliest that is whole on some rank."""
+    rank = transport.topology.rank
+    whole = [k for k, standing in enumerate(standings) if standing.is_whole]
+    if not whole:
+        raise NoWholeReplicaError(
+            "no replica is whole: the loss has interrupted a push of all ranks that are left "
+            "halfway. Load a checkpoint; create(..., elastic=True) keeps replicas whole"
+        )
+    source = min(whole, key=lambda k: standings[k].steps)
+    goal = standings[source]
+    if {one.updater for one in standings} != {goal.updater}:
+        raise NoWholeReplicaError(
+            "the ranks have different updaters, as one was lost while it was set: load a checkpoint"
+        )
+    if all(one.is_whole and (one.steps, one.keys) == (goal.steps, goal.keys) for one in standings):
+        store.levelled(goal)
+        return
+    keys = [key for key in goal.keys if all(key in one.keys for one in standings)]
+    is_source = rank == source
+    told = ranks.tell(store.told() if is_source else "")[source]
+    for array in store.level(told, keys, is_source=is_source):
+        transport.broadcast(array, source)
+    store.levelled(goal)
