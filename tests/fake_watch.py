@@ -38,7 +38,7 @@ class FakeRanks:
 
     def __init__(self) -> None:
         self.entered = self.passed = 0
-        self.ended = ""
+        self.is_over = False
         self.is_held = self.is_leaving = False
         self.call: Call | None = None
         self.calls = (0, 0)

@@ -225,10 +225,10 @@ class Track:
 
     @property
     def is_over(self) -> bool:
-        """Whether all its stores are closed, and none can come."""
+        """Whether there will be nothing more to see."""
         self._stores = [store for store in self._stores if not store.is_closed()]
-        may_come = self._is_lasting and not self.ranks.ended
-        return self._had_stores and not self._stores and not may_come
+        are_closed = self._had_stores and not self._stores and not self._is_lasting
+        return are_closed or self.ranks.is_over
 
     @property
     def thread(self) -> int | None:
@@ -245,7 +245,7 @@ class Track:
         return None
 
     def _stance(self, store: Watched | None) -> str:
-        if self.ranks.ended:
+        if self.ranks.is_over:
             return LEFT
         if self.ranks.is_held:
             return UPDATES
