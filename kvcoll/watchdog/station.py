@@ -140,42 +140,37 @@ class Station:
     # What this rank waits for -----------------------------------------------------------
 
     def _mind_own_waits(self) -> None:
-        why, numbers = self._reason()
+        why, waits = self._reason()
         heard = why > DUE and why <= self._quiet_why and self._now_s < self._quiet_until_s
-        if not why or heard:
+        if not waits or heard:
             self._notice = None
             return
         if self._notice is None:
             first = 0 if self._post.reaches_others else self._rank
             self._notice = _Notice(first - 1, self._now_s)
-        if (
-            self._now_s >= self._notice.until_s
-        ):  # for the first time, or the last one told is silent
-            self._notice.to += 1
-            self._notice.until_s = self._now_s + ANSWER_S
-            waited_s = max(self._tracks[n].has_waited() for n in numbers)
-            message = {"kind": "wait", "why": why, "tracks": numbers, "waited_s": waited_s}
-            self._tell(self._notice.to, message)
+        if self._now_s < self._notice.until_s:
+            return
+        self._notice.to += 1  # the first rank, or the next one, as this one does not answer
+        self._notice.until_s = self._now_s + ANSWER_S
+        message = {"kind": "wait", "why": why, "tracks": list(waits)}
+        self._tell(self._notice.to, message | {"waited_s": max(waits.values())})
 
-    def _reason(self) -> tuple[int, list[int]]:
-        """Say why this rank's waits need a report, and which of them."""
-        tracks = self._tracks.items()
-        beyond = [n for n, track in tracks if track.is_beyond_limit()]
+    def _reason(self) -> tuple[int, dict[int, float]]:
+        """Say why this rank's waits need a report, and how long they have been, by track."""
+        tracks = self._tracks
+        waits = {number: track.has_waited() for number, track in tracks.items()}
+        beyond = {n: wait_s for n, wait_s in waits.items() if tracks[n].is_beyond_limit()}
         if beyond:
             return LIMIT, beyond
-        ended = self._has_seen_ended()
-        if ended:
-            return ENDED, [n for n, track in tracks if track.has_waited() > _LOOK_FOR_ENDED_S]
-        due = [n for n, track in tracks if track.is_due()]
-        return (DUE, due) if due else (0, [])
+        if not self.ends_all:  # else MPI itself tells of lost ranks
+            long = {n: wait_s for n, wait_s in waits.items() if wait_s > _LOOK_FOR_ENDED_S}
+            if long and self._has_seen_ended():
+                return ENDED, long
+        return DUE, {n: wait_s for n, wait_s in waits.items() if tracks[n].is_due()}
 
     def _has_seen_ended(self) -> bool:
-        """Look now and then, while this rank waits, whether a rank of its host has ended."""
-        if self.ends_all:  # MPI itself tells of lost ranks
-            return False
+        """Look now and then whether a rank of this host has ended."""
         if self._now_s < self._looked_for_ended_s + _LOOK_FOR_ENDED_S:
-            return False
-        if not any(t.has_waited() > _LOOK_FOR_ENDED_S for t in self._tracks.values()):
             return False
         if any(self._look_at(self._places[rank]).has_ended for rank in self._near):
             return True
