@@ -44,6 +44,10 @@ _NEEDS_THREADS = (
 )
 # Replicas would differ by bits if the ranks ran other versions.
 _VERSIONS = (__version__, np.__version__)
+_UNGUARDED = (
+    "a host that goes down, or whose cable is cut, may leave the others waiting for ever, as its "
+    "loss cannot be noticed: {}"
+)
 _CREATED = Call("the end of create()", digest("created"))
 
 
@@ -340,6 +344,9 @@ def _new_link(comm: Any, limit_s: float) -> Link:
     messenger = mpi.MpiMessenger(own, topology, losses=losses)
     ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
     link = Link(own, topology, ranks, losses, farewell.advance)
+    why_not = link.guard_hosts()
+    if why_not and topology.rank == 0:
+        warnings.warn(_UNGUARDED.format(why_not), RuntimeWarning, stacklevel=4)
     _links.append(link)
     return link
 
@@ -366,6 +373,9 @@ def _leave_all() -> None:
     patrol.stop()
     if not _links:
         return
+    for link in _links:
+        if link.lifeline is not None:
+            link.lifeline.close()
     from .transport import mpi
 
     # A late store's link has the losses, and the ranks, of one that comes before.

@@ -8,6 +8,7 @@
 #   KVCOLL_LAUNCHER=srun|mpirun   who starts the ranks; mpirun does on the job's nodes, too. Default: srun for
 #                                 Open MPI, where SLURM has PMIx; else mpirun
 #   KVCOLL_MPI, KVCOLL_VENV       see scripts/environment.sh
+#   KVCOLL_ELASTIC=yes            go on when a rank is lost; mpirun starts the ranks then, as srun would end them
 
 # Not from this folder, where kvcoll is found by any Python, but by the programs in scripts/ it is not.
 _kvcoll_find_python() {
@@ -24,12 +25,13 @@ print(MPI.get_vendor()[0])'
 
 # kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code.
 kvcoll_launch() {
-    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command
+    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command kvcoll_ft
+    [[ " $* " != *" --elastic "* ]] || KVCOLL_ELASTIC=yes
     name=$(_kvcoll_mpi_name) || return
     [ "$name" != 'Open MPI' ] || mpi_type=pmix
     if [ -z "$launcher" ]; then
         launcher=mpirun
-        [ "$mpi_type" != pmix ] || ! srun --mpi=list 2>&1 | grep -qw pmix || launcher=srun
+        [ "${KVCOLL_ELASTIC-}" = yes ] || [ "$mpi_type" != pmix ] || ! srun --mpi=list 2>&1 | grep -qw pmix || launcher=srun
     fi
     case $launcher in
         srun)
@@ -44,6 +46,8 @@ kvcoll_launch() {
             command=("$mpirun" -n "$SLURM_NTASKS")
             # Else each rank and all its threads were bound to one core.
             [ "$name" != 'Open MPI' ] || command+=(--bind-to none)
+            _kvcoll_ft "$mpirun"
+            command+=("${kvcoll_ft[@]}")
             ;;
         *)
             echo "kvcoll: KVCOLL_LAUNCHER is '$launcher': set it to srun or mpirun" >&2
@@ -58,4 +62,6 @@ kvcoll_launch() {
     "${command[@]}" "$(command -v python)" "$@"
 }
 
+# shellcheck source=scripts/ft.sh
+source scripts/ft.sh
 _kvcoll_find_python

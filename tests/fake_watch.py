@@ -51,6 +51,7 @@ class FakeRank:
     def __init__(self, rank: int, boxes: list[deque[tuple[int, str]]], world: FakeWorld) -> None:
         self.said: list[str] = []
         self.ends: list[tuple[list[int], str, list[int]]] = []
+        self.job_ends: list[tuple[str, bool]] = []
         self.answers = True
         self.tracks: list[FakeRanks] = []
         self.version = 0
@@ -58,8 +59,8 @@ class FakeRank:
             FakePost(rank, boxes),
             world.places,
             say=self.said.append,
-            end=self._end,
-            ends_all=world.ends_all,
+            end=self._end if world.ends_all else None,
+            end_job=lambda text, has_lost: self.job_ends.append((text, has_lost)),
             stack=lambda ident: f"  line of rank {rank}\n",
             look=world.look_at,
         )

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 # What a launcher tells its ranks. A child that inherits it takes itself for one of them.
 OF_A_LAUNCHER: Final = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "PALS_")
 OF_THE_USER: Final = ("OMPI_ALLOW_", "OMPI_MCA_osc", "OMPI_MCA_btl", "OMPI_MCA_mpi_yield_when_idle")
+WITH_FT: Final = ("--with-ft", "ulfm", "--mca", "coll", "^han")
 TO_END_S: Final = 3.0  # what mpirun has to end its ranks after a polite signal
 SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -33,14 +34,16 @@ def run_job(
     *arguments: str | Path,
     timeout_s: float = 40.0,
     env: dict[str, str] | None = None,
+    with_ft: bool = False,
     options: Sequence[str] = (),
 ) -> Job:
     """Run `mpirun -n ranks python arguments...`, e.g. `run_job(2, "-c", code)`; kill it when late.
 
     `env` is added to the environment, `options` to mpirun's. The limit of the test itself must
-    be the longer one.
+    be the longer one. `with_ft` lets it go on when a rank is lost, see `why_no_ft`.
     """
-    command = [*_launcher(ranks), *options, sys.executable, *map(str, arguments)]
+    ft = WITH_FT if with_ft else ()
+    command = [*_launcher(ranks), *ft, *options, sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,
         env=clean_environment() | _sharing_cores(ranks) | (env or {}),
@@ -96,6 +99,16 @@ def is_open_mpi() -> bool:
     from mpi4py import MPI
 
     return MPI.get_vendor()[0] == "Open MPI"
+
+
+def why_no_ft() -> str:
+    """Say why jobs of this MPI end when a rank is lost, or ``''`` if they may go on."""
+    from mpi4py import MPI
+
+    name, version = MPI.get_vendor()
+    if name == "Open MPI" and version >= (5,):
+        return ""
+    return f"{name} {'.'.join(map(str, version))} ends a job when a rank is lost"
 
 
 def _launcher(ranks: int) -> list[str]:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from ..agreement import AcrossRanks
 from ..errors import LateRankError, text_of
+from ..transport.lifeline import LOST_CODE
 from ..transport.losses import Losses
 from .held import NO_FILE, HeldStack
 from .post import MpiPost, NoPost, Post
@@ -74,8 +75,8 @@ class Watch:
             post,
             places,
             say=self._say,
-            end=self._end,
-            ends_all=survives and comm is not None,
+            end=self._end if survives and comm is not None else None,
+            end_job=self._end_job,
             stack=stack_of,
             elsewhere=self._elsewhere,
         )
@@ -89,21 +90,20 @@ class Watch:
         print(f"{self._name}{text}", file=sys.stderr, flush=True)
 
     def _end(self, tracks: Sequence[int], text: str, late: Sequence[int]) -> None:
-        if not self.station.ends_all:
-            self._end_job(text)
         for number in tracks:
             if number in self._losses:
                 self._losses[number].alarm.sound(LateRankError(text, late))
 
-    def _end_job(self, text: str) -> NoReturn:
-        timer = threading.Timer(_ABORT_S, os._exit, [EXIT_CODE])
+    def _end_job(self, text: str, has_lost: bool) -> NoReturn:
+        code = LOST_CODE if has_lost else EXIT_CODE
+        timer = threading.Timer(_ABORT_S, os._exit, [code])
         timer.daemon = True
         timer.start()
-        self._say(f"{text}\n  The job ends here, with exit code {EXIT_CODE}")
+        self._say(f"{text}\n  The job ends here, with exit code {code}")
         time.sleep(_TO_BE_READ_S)
         if self._has_threads:
-            self._mpi.COMM_WORLD.Abort(EXIT_CODE)
-        os._exit(EXIT_CODE)
+            self._mpi.COMM_WORLD.Abort(code)
+        os._exit(code)
 
     def _elsewhere(self) -> list[Position]:
         others = [watch.station for watch in _watches if watch is not self]

@@ -42,11 +42,11 @@ class Station:
         Of the ranks' processes.
     say : callable
         Shows a text to people.
-    end : callable
-        Ends the waits of these tracks: called with their numbers, the report, and the
-        ranks that are late. On all ranks alike where `ends_all`, else on the reporter.
-    ends_all : bool
-        Whether waits end by an error on each rank; else the reporter ends the job.
+    end : callable or None
+        Ends the waits of tracks by an error, given their numbers, the report, and the ranks
+        that are late; called on all ranks alike. None where that is not possible.
+    end_job : callable
+        Ends the job instead, given the report, and whether processes have ended by themselves.
     stack : callable
         Gives the Python stack of a thread, by its number.
     elsewhere : callable
@@ -61,15 +61,15 @@ class Station:
         places: Sequence[Place],
         *,
         say: Callable[[str], None],
-        end: Callable[[Sequence[int], str, Sequence[int]], None],
-        ends_all: bool,
+        end: Callable[[Sequence[int], str, Sequence[int]], None] | None,
+        end_job: Callable[[str, bool], None],
         stack: Callable[[int | None], str],
         elsewhere: Callable[[], list[Position]] = list,
         look: Callable[[Place], Seen] = look_at,
     ) -> None:
         self._post, self._places = post, places
         self._rank, self._size = post.rank, post.size
-        self._end, self.ends_all = end, ends_all
+        self._end = end
         self._stack, self._elsewhere, self._look_at = stack, elsewhere, look
         own = places[self._rank].host
         beside = [r for r, place in enumerate(places) if r != self._rank and place.host == own]
@@ -87,10 +87,10 @@ class Station:
                 places,
                 self._near,
                 post.reaches_others,
-                ends_all,
+                ends_all=end is not None,
                 tell=self._tell,
                 say=say,
-                end=end,
+                end_job=end_job,
                 told=self._own,
                 look=look,
                 limit_s=self._limit_s,
@@ -162,7 +162,7 @@ class Station:
         beyond = {n: wait_s for n, wait_s in waits.items() if tracks[n].is_beyond_limit()}
         if beyond:
             return LIMIT, beyond
-        if not self.ends_all:  # else MPI itself tells of lost ranks
+        if self._end is None:  # else MPI itself tells of lost ranks
             long = {n: wait_s for n, wait_s in waits.items() if wait_s > _LOOK_FOR_ENDED_S}
             if long and self._has_seen_ended():
                 return ENDED, long
@@ -198,7 +198,7 @@ class Station:
             found = {str(r): self._look_at(self._places[r]) for r in message["ranks"]}
             seen = {rank: [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}
             self._tell(source, {"kind": "seen", "number": message["number"], "seen": seen})
-        elif kind == "end":
+        elif kind == "end" and self._end is not None:
             self._end(message["tracks"], message["text"], message["late"])
         elif kind == "said":
             self._take_for_said()
