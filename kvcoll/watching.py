@@ -63,6 +63,7 @@ def begin(
             calls=lambda: guard.calls,
             version=version,
             thread=lambda: guard.thread,
+            beside=lambda: guard.beside() if guard.beside else None,
             is_closed=lambda: bool(guard.closed),
         )
     )
@@ -77,4 +78,5 @@ def _watch(link: Link, track: Track) -> None:
     from .transport import mpi
 
     duplicate = partial(mpi.duplicate, link.comm, _LIMIT_S) if mpi.allows_threads() else None
-    patrol.watch(link.comm, link.losses, track, duplicate, mpi.import_mpi())
+    with link.losses:
+        patrol.watch(link.comm, link.losses, track, duplicate, mpi.import_mpi())

@@ -80,6 +80,7 @@ class FakeRank:
                 calls=lambda: ranks.calls,
                 version=lambda: self.version,
                 thread=lambda: None,
+                beside=lambda: None,
                 is_closed=lambda: False,
             )
         )

@@ -21,7 +21,7 @@ from kvcoll.agreement import AcrossRanks, Call
 from kvcoll.transport import mpi
 from kvcoll.watchdog import Track, Watchdog, Watched, patrol
 from kvcoll.watchdog.held import HeldStack, main_stack, read_stack
-from kvcoll.watchdog.post import MpiPost
+from kvcoll.watchdog.post import MpiPost, introduce
 from kvcoll.watchdog.processes import Place, look_at, own_place
 from kvcoll.watchdog.stacks import stack_of
 from kvcoll.watchdog.track import ENDS, INSIDE, LEFT, OUTSIDE, UPDATES, WAITS
@@ -55,6 +55,7 @@ def test_a_track_tells_what_a_rank_does_from_its_agreement_and_its_calls() -> No
             calls=lambda: (calls[0], calls[1]),
             version=lambda: 7,
             thread=lambda: None,
+            beside=lambda: None,
             is_closed=lambda: False,
         )
     )
@@ -112,13 +113,18 @@ def test_a_wait_counts_from_look_to_look_as_long_as_nothing_moves() -> None:
     (ranks,) = (AcrossRanks(messenger) for messenger in fake_messengers(1))
     begun = [1]
     track = Track(ranks, SETTINGS)
-    track.add(Watched("", SETTINGS, lambda: (begun[0], 0), lambda: 0, lambda: None, lambda: False))
+    track.add(
+        Watched("", SETTINGS, lambda: (begun[0], 0), lambda: 0, lambda: 1, lambda: 2, lambda: False)
+    )
     for _ in range(5):
         track.look(0.5)
     assert track.has_waited() == 2.0
     assert track.is_due()
     track.was_spoken_of()
     assert not track.is_due()
+    assert track.thread == 1
+    with ranks.held():
+        assert track.thread == 2
     begun[0] += 1  # another call: it has come out of the one before
     assert track.look(0.5) == 2.0
     assert track.has_waited() == 0.0
@@ -266,12 +272,11 @@ def test_messages_reach_every_rank_and_nobody_waits(
 
 
 def test_each_rank_learns_where_all_are(comm: MPI.Intracomm, rank: int, size: int) -> None:
-    post = MpiPost(mpi.duplicate(comm, 30), mpi.import_mpi())
-    places = post.places(-1)
+    places = introduce(comm, rank, 40 + rank)
     assert [place.world_rank for place in places] == list(range(size))
-    assert places[rank] == own_place(rank)
+    assert [place.file for place in places] == list(range(40, 40 + size))
+    assert places[rank] == own_place(rank, 40 + rank)
     assert [place.pid for place in places] == comm.allgather(os.getpid())
-    post.comm.Free()
 
 
 @pytest.mark.ranks(at_least=2)

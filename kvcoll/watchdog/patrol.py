@@ -21,7 +21,7 @@ from ..errors import LateRankError, text_of
 from ..transport.lifeline import LOST_CODE
 from ..transport.losses import Losses
 from .held import NO_FILE, HeldStack
-from .post import MpiPost, NoPost, Post
+from .post import MpiPost, NoPost, Post, introduce
 from .processes import own_place
 from .stacks import stack_of
 from .station import Station
@@ -67,7 +67,9 @@ class Watch:
             places = [own_place(mpi.COMM_WORLD.rank)] * like.size
         else:
             post = MpiPost(comm, mpi)
-            places = post.places(NO_FILE if _held is None else _held.file)
+            # Over the link's, which is revoked if a rank is lost meanwhile; the other never is.
+            file = NO_FILE if _held is None else _held.file
+            places = introduce(like, mpi.COMM_WORLD.rank, file)
         self._name = "kvcoll: "
         if post.rank and post.reaches_others:
             self._name += f"(rank {post.rank} says this, as no rank before it answers) "
@@ -204,6 +206,7 @@ def forget() -> None:
     global _thread, _stop, _held
     _thread, _stop, _held = None, threading.Event(), None
     _watches.clear()
+    _tracks.clear()
 
 
 def _run() -> None:

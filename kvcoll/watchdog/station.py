@@ -211,7 +211,8 @@ class Station:
 
     def _own(self) -> Told:
         positions = self.positions()
-        idents = [t.thread for t in self._tracks.values() if t.thread is not None]
+        tracks = sorted(self._tracks.values(), key=lambda track: not track.ranks.is_held)
+        idents = [track.thread for track in tracks if track.thread is not None]
         others = [place for place in self._elsewhere() if place.stance not in (OUTSIDE, LEFT)]
         return Told(
             positions,

@@ -42,6 +42,8 @@ class Watched:
         Gives how many pushes have been made.
     thread : callable
         Gives the number of the thread that calls it; None before the first call.
+    beside : callable
+        Gives the number of the thread in which its updates run, if that is another one.
     is_closed : callable
     """
 
@@ -50,6 +52,7 @@ class Watched:
     calls: Callable[[], tuple[int, int]]
     version: Callable[[], int]
     thread: Callable[[], int | None]
+    beside: Callable[[], int | None]
     is_closed: Callable[[], bool]
 
 
@@ -232,8 +235,9 @@ class Track:
 
     @property
     def thread(self) -> int | None:
-        """The thread that calls the stores."""
-        idents = [store.thread() for store in self._stores]
+        """The thread that calls the stores, or in which the user's code runs for them."""
+        is_held = self.ranks.is_held
+        idents = [(store.beside() if is_held else None) or store.thread() for store in self._stores]
         return next((ident for ident in idents if ident is not None), None)
 
     @property
