@@ -11,12 +11,14 @@ from .checkpoint import Checkpoint, load
 from .create import create
 from .sparse import RowSparse
 from .store import KVStore
+from .watchdog import Watchdog
 
 __all__ = [
     "Checkpoint",
     "KVStore",
     "KVStoreBase",
     "RowSparse",
+    "Watchdog",
     "__version__",
     "create",
     "errors",

@@ -68,12 +68,23 @@ class Call:
     keys : tuple, optional
         For ranks that have joined: the key or list of keys that is pushed, and those of
         them of which only rows are pushed.
+    ends_push : bool
+        Whether it is what the ranks agree on after the updates of a push: part of that.
     """
 
     name: str
     digest: int
     items: Iterable[str] = field(default=(), repr=False)
     keys: Any = field(default=None, repr=False)
+    ends_push: bool = field(default=False, repr=False)
+
+    @property
+    def is_push(self) -> bool:
+        """Whether it is a push."""
+        return self.keys is not None
+
+
+_END_OF_JOIN = Call("the end of join()", _JOINED)
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,8 @@ class AcrossRanks(Agreement):
             ((rank + 2**k) % size, (rank - 2**k) % size) for k in range((size - 1).bit_length())
         ]
         self._number = 0
+        self.call: Call | None = None  # of the last agreement; for a watchdog, as `passed` is
+        self.passed = 0
         self._num_active = self._size = size
         self._n_stores = 0
         self._open: set[int] = set()
@@ -301,6 +314,31 @@ class AcrossRanks(Agreement):
             self._is_held = before
 
     @property
+    def n_stores(self) -> int:
+        """How many stores there have been: the number of the last one."""
+        return self._n_stores
+
+    @property
+    def entered(self) -> int:
+        """How many agreements this rank has come to; it has `passed` all, or all but one."""
+        return self._number
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there can be no more agreement: a rank has left, or waiting was ended."""
+        return bool(self._ended) or self._alarm.error is not None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether a farewell is under way."""
+        return bool(self._leaving)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the user's code runs in the midst of a push."""
+        return self._is_held
+
+    @property
     def has_open_store(self) -> bool:
         """Whether a store uses it."""
         return bool(self._open)
@@ -322,6 +360,8 @@ class AcrossRanks(Agreement):
 
     def confirm(self, call: Call, flags: int = 0, store: int = 0) -> int:
         """Compare digests; see `Agreement.confirm`."""
+        if not call.ends_push:
+            self.call = call
         own = (call.digest + store * _STORE_STEP) & _MASK | _FIRST
         digest, joined = self._join(own, flags)
         if joined & _SOME_JOINED:
@@ -334,9 +374,10 @@ class AcrossRanks(Agreement):
 
     def serve(self, store: int = 0) -> Call | None:
         """Take part in the next agreement as one that has joined; see `Agreement.serve`."""
+        self.call = _END_OF_JOIN
         digest, _ = self._join(_JOINED, _SOME_JOINED)
         if digest == _DIFFERENT:
-            raise self._verdict(Report(self._named("the end of join()", store)))
+            raise self._verdict(Report(self._named(_END_OF_JOIN.name, store)))
         if digest == _JOINED:
             return None
         told = [json.loads(raw) for raw in self._all_texts(b"null")]
@@ -349,6 +390,7 @@ class AcrossRanks(Agreement):
 
     def refuse(self, call_name: str, error: Exception, store: int = 0) -> NoReturn:
         """Raise what all ranks raise, from this rank's own error."""
+        self.call = Call(call_name, _REFUSED)
         self._join(_REFUSED, 0)
         call = self._named(call_name, store)
         raise self._verdict(Report(call, (), name_of(error), text_of(error))) from error
@@ -363,10 +405,11 @@ class AcrossRanks(Agreement):
         """Agree that a store is closed; see `Agreement.close`."""
         if self._ended:
             return
+        self.call = Call("close()", 0)
         own = (_CLOSE + store * _STORE_STEP) & _MASK | _FIRST
         digest, joined = self._join(own, 0)
         if joined & _SOME_JOINED:
-            digest, _ = self._with_joined(digest, own, 0, Call("close()", 0), store)
+            digest, _ = self._with_joined(digest, own, 0, self.call, store)
         if digest == _DIFFERENT:
             mine = Report(self._named("close()", store))
             reports = self._reports(mine)
@@ -393,6 +436,7 @@ class AcrossRanks(Agreement):
         digest = (_LEFT + store * _STORE_STEP) & _MASK
         number = self._number
         self._number += 1
+        self.passed = self._number  # nobody waits here: the program goes on, or ends
         for dest, source in self._rounds:
             sent, received = bytearray(_STATE.pack(digest, number, 0)), bytearray(_STATE.size)
             pending = self._messenger.start_exchange(sent, received, dest, source)
@@ -434,11 +478,14 @@ class AcrossRanks(Agreement):
         self._number = number + 1
         sent, received = self._sent, self._received
         exchange = self._messenger.exchange
-        for dest, source in self._rounds:
-            _STATE.pack_into(sent, 0, digest, number, flags)
-            exchange(sent, received, dest, source)
-            digest, theirs = _joined(digest, number, received)
-            flags |= theirs
+        try:
+            for dest, source in self._rounds:
+                _STATE.pack_into(sent, 0, digest, number, flags)
+                exchange(sent, received, dest, source)
+                digest, theirs = _joined(digest, number, received)
+                flags |= theirs
+        finally:
+            self.passed = number + 1
         return digest, flags
 
     def _verdict(self, mine: Report) -> Exception:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import exiting, farewell, testing
+from . import exiting, farewell, testing, watching
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
@@ -27,6 +27,7 @@ from .store import KVStore, Survivor
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
+from .watchdog import Watchdog, patrol, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -73,6 +74,7 @@ def create(
     staleness: int | None = None,
     verify_every: int | None = None,
     elastic: bool = False,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStore: ...
 
@@ -87,6 +89,7 @@ def create(
     staleness: int | None = None,
     verify_every: int | None = None,
     elastic: bool = False,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> Any: ...
 
@@ -100,6 +103,7 @@ def create(
     staleness: int | None = None,
     verify_every: int | None = None,
     elastic: bool = False,
+    watchdog: bool | Watchdog = True,
     create_limit_s: float = _CREATE_LIMIT_S,
 ) -> KVStoreBase:
     """Make a key-value store.
@@ -134,13 +138,17 @@ def create(
     verify_every : int, optional
         Of ``'dist_*'``: compare the replicas after every so many pushes, see
         `KVStore.verify`; a push then raises ReplicasDifferError, and where pushes overlap or
-        are late it waits for all. Every 1: the push after which they differ is named, at
-        the cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of each
-        push narrow it down; they cost some microseconds a key.
+        are late it waits for all. Every 1: the push after which they differ is named, at the
+        cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of
+        each push narrow it down; they cost some microseconds a key.
     elastic : bool, default False
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
         stored value is touched. Without, a loss in the midst of a sum needs a checkpoint.
+    watchdog : bool or Watchdog, default True
+        Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
+        call waits for other ranks for very long; raise `LateRankError`, or end the job, after
+        a hard limit. A `Watchdog` says how long that is, and the environment may say otherwise.
     create_limit_s : float, default 300
         How many seconds to wait for the other ranks to create theirs.
 
@@ -162,6 +170,8 @@ def create(
         `overlap` or ``'dist_async'``, and MPI was not started for several threads.
     RanksDisagreeError
         The ranks create different stores, or not all of them come in time.
+    LateRankError
+        By the watchdog, as by every call of the store that waits for other ranks.
 
     Notes
     -----
@@ -173,7 +183,8 @@ def create(
     kind = name.lower()
     if kind == "teststore" or kind in registered():
         given = (comm, staleness, verify_every)
-        if any((reproducible, overlap, elastic, *(option is not None for option in given))):
+        others = (reproducible, overlap, elastic, watchdog is not True)
+        if any(others) or any(option is not None for option in given):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in _LOCAL + _DISTRIBUTED:
@@ -185,6 +196,8 @@ def create(
         raise TypeError(f"overlap is a bool or {_ALWAYS!r}, got {overlap!r}")
     if not isinstance(elastic, (bool, np.bool_)):
         raise TypeError(f"elastic is a bool, got {elastic!r}")
+    if not isinstance(watchdog, (bool, Watchdog)):
+        raise TypeError(f"watchdog is a bool or a kvcoll.Watchdog, got {watchdog!r}")
     if staleness is not None:
         staleness = _as_staleness(kind, staleness)
     if verify_every is not None:
@@ -196,7 +209,9 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        options = _Options(bool(reproducible), overlap, late, bool(elastic), verify_every or 0)
+        options = _Options(
+            bool(reproducible), overlap, late, bool(elastic), verify_every or 0, watchdog
+        )
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
@@ -239,6 +254,16 @@ class _Options:
     staleness: int | None
     elastic: bool
     verify_every: int
+    watchdog: bool | Watchdog
+
+    def settled(self, ranks: AcrossRanks) -> tuple[Call, Watchdog | None]:
+        """Say what to agree on, and how the store is watched; the environment may say otherwise."""
+        try:
+            settings = settled(self.watchdog, os.environ)
+        except ArgumentError as error:
+            ranks.refuse(f"create({self})", error)
+        words = str(self) if settings == Watchdog() else f"{self}, watchdog={settings or False}"
+        return Call(f"create({words})", digest("create", words, *_VERSIONS)), settings
 
     def __str__(self) -> str:
         kind = "dist_sync" if self.staleness is None else _ASYNC
@@ -266,8 +291,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
 
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
-    words = str(options)
-    call = Call(f"create({words})", digest("create", words, *_VERSIONS))
+    call, settings = options.settled(link.ranks)
     try:
         testing.arm(os.environ)
     except ArgumentError as error:
@@ -300,6 +324,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
+    watching.begin(store, link, its_link.ranks, settings, number=link.n_made, lasts=link in _world)
     if its_link is not link:
         _links.append(its_link)
     _open_stores[:] = [other for other in _open_stores if not other[0].store.closed]
@@ -335,6 +360,10 @@ def _recover(link: Link, limit_s: float) -> None:
     }
     exiting.arm()
     recover(link, stores, limit_s)
+    for survivor, its_link in _open_stores:  # in the order of their making
+        if survivor in stores and not survivor.store.closed:
+            ranks, number = its_link.ranks, survivor.number
+            watching.go_on(survivor.store, link, ranks, number=number, lasts=link in _world)
 
 
 def _new_link(comm: Any, limit_s: float) -> Link:
@@ -371,7 +400,9 @@ def _leave_all() -> None:
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
+    patrol.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
+    patrol.stop()
     if not _links:
         return
     for link in _links:
@@ -404,6 +435,7 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
+    patrol.forget()
     exiting.forget()
 
 

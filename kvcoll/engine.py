@@ -37,7 +37,7 @@ _PLAIN = 4  # some rank pushes arrays that are not the store's own
 # In cache, as an optimizer's own pieces are.
 _SPREAD_ELEMENTS = 1 << 16
 
-_AFTER_UPDATE = Call("the end of a push", 0)
+_AFTER_UPDATE = Call("the end of a push", 0, ends_push=True)
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Guard:
         self._lock = threading.RLock()
         self._one_thread = one_thread
         self._thread: int | None = None
-        self._depth = 0
+        self._begun = self._ended_calls = 0  # only ever grow, for who looks now and then
         self.closed = ""
         self._unsaid: ThreadError | None = None
 
@@ -58,7 +58,7 @@ class Guard:
             if self._thread != ident:
                 self._take_thread(ident, is_collective)
         self._lock.acquire()
-        self._depth += 1
+        self._begun += 1
         if self.closed:
             self._leave()
             raise StoreClosedError(f"the store was closed: {self.closed}")
@@ -95,14 +95,24 @@ class Guard:
             raise error
 
     @property
+    def calls(self) -> tuple[int, int]:
+        """How many calls have begun, and how many have ended."""
+        return self._begun, self._ended_calls
+
+    @property
+    def thread(self) -> int | None:
+        """The thread that calls, if it must be one; None before its first call."""
+        return self._thread
+
+    @property
     def inside(self) -> bool:
         """Whether a call is running already: this one comes from its updater."""
-        return self._depth > 1
+        return self._begun > self._ended_calls + 1
 
     @property
     def is_busy(self) -> bool:
         """Whether a call is running, asked from outside of one."""
-        return self._depth > 0
+        return self._begun > self._ended_calls
 
     def nested(self) -> KVCollError:
         """Make the error of a collective call from within an updater."""
@@ -117,7 +127,7 @@ class Guard:
         return self.beside is not None and threading.get_ident() == self.beside()
 
     def _leave(self) -> None:
-        self._depth -= 1
+        self._ended_calls += 1
         self._lock.release()
 
     def _take_thread(self, ident: int, is_collective: bool) -> None:

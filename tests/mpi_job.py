@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -34,14 +35,15 @@ def run_job(
     timeout_s: float = 40.0,
     env: dict[str, str] | None = None,
     with_ft: bool = False,
+    options: Sequence[str] = (),
 ) -> Job:
     """Run `mpirun -n ranks python arguments...`, e.g. `run_job(2, "-c", code)`; kill it when late.
 
-    `env` is added to the environment. The limit of the test itself must be the longer one.
-    `with_ft` lets it go on when a rank is lost, see `why_no_ft`.
+    `env` is added to the environment, `options` to mpirun's. The limit of the test itself must
+    be the longer one. `with_ft` lets it go on when a rank is lost, see `why_no_ft`.
     """
     ft = WITH_FT if with_ft else ()
-    command = [*_launcher(ranks), *ft, sys.executable, *map(str, arguments)]
+    command = [*_launcher(ranks), *ft, *options, sys.executable, *map(str, arguments)]
     process = subprocess.Popen(
         command,
         env=clean_environment() | _sharing_cores(ranks) | (env or {}),
