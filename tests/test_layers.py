@@ -52,6 +52,8 @@ FLOORS = {
     "engine": 8,
     "checkpoint": 8,
     "guard": 8,
+    "exiting": 0,
+    "recovery": 9,
     "by_rows": 9,
     "launch": 9,
     "store": 10,
