@@ -57,6 +57,8 @@ FLOORS = {
     "guard": 8,
     "verify": 8,
     "watchdog": 8,
+    "exiting": 0,
+    "recovery": 9,
     "by_rows": 9,
     "launch": 9,
     "store": 10,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,23 +21,11 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATHS = (SCRIPTS, Path(kvcoll.__file__).parents[1], os.environ.get("PYTHONPATH", ""))
 Start = Callable[..., Job]
 
-# Rank 1 is killed in the middle of the given step.
-KILLED = f"""
-import os, sys
+SHARED = """
+import sys
 import train
 from kvcoll.checkpoint import shares
 shares.PART_BYTES, shares.CUT_BYTES = 1 << 16, 1 << 15  # so that both ranks write
-from mpi4py import MPI
-
-steps, last = [], int(sys.argv.pop(1))
-
-def backward(*arguments, honest=train.backward):
-    steps.append(1)
-    if MPI.COMM_WORLD.rank == 1 and len(steps) == last:
-        os.kill(os.getpid(), {int(signal.SIGKILL)})
-    return honest(*arguments)
-
-train.backward = backward
 sys.exit(train.main())
 """
 
@@ -47,8 +34,9 @@ def options(path: Path, *more: str) -> tuple[str, ...]:
     return ("--epochs", "6", "--target-accuracy", "0", "--checkpoint", str(path), *more)
 
 
-def start(mpirun: Start, ranks: int, *arguments: str | Path) -> Job:
-    return mpirun(ranks, *arguments, env={"PYTHONPATH": os.pathsep.join(map(str, PATHS))})
+def start(mpirun: Start, ranks: int, *arguments: str | Path, faults: str = "") -> Job:
+    env = {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "KVCOLL_FAULTS": faults}
+    return mpirun(ranks, *arguments, env=env)
 
 
 def bits(job: Job) -> str:
@@ -66,8 +54,10 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     assert sorted(os.listdir(tmp_path / "whole")) == ["00000005", "00000006"]
 
     path = tmp_path / "run"
-    for step in (80, 40):  # of 23 an epoch
-        killed = start(mpirun, 2, "-c", KILLED, str(step), *options(path, *kind, "--resume"))
+    for push in (80, 110):  # of 23 an epoch
+        faults = f"rank=1 push={push} kill"
+        resuming = options(path, *kind, "--resume")
+        killed = start(mpirun, 2, "-c", SHARED, *resuming, faults=faults)
         assert not killed.timed_out
         assert "signal 9" in killed.stdout + killed.stderr or killed.returncode == 9, killed.stderr
     numbers = tmp_path / "numbers.json"
