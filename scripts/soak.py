@@ -100,10 +100,15 @@ def run_round(
         print(f"round {number} is kept in {folder}; --seed {args.seed} --first {number} --rounds 1")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{number:4} {seconds:5.1f} s  {round_.kind:18} {round_.store}", flush=True)
+    return told(round_, outcome, problem, seconds)
+
+
+def told(round_: Round, outcome: str, problem: str, seconds: float) -> dict[str, Any]:
+    """Print what came of a round, and give it for the file."""
+    print(f"{round_.number:4} {seconds:5.1f} s  {round_.kind:18} {round_.store}")
     print(f"              {round_.faults or 'no faults'}\n              {outcome}", flush=True)
     return {
-        "number": number,
+        "number": round_.number,
         "kind": round_.kind,
         "store": round_.store,
         "optimizer": round_.settings.optimizer["optimizer"],
@@ -128,10 +133,10 @@ def run_job(where: World, round_: Round, launch: int) -> tuple[Ended, list[dict[
     """Run a job of a round; give what became of it, and what its ranks have seen."""
     folder = Path(round_.settings.folder)
     described = {"settings": asdict(round_.settings), "launch": launch, "resumes": launch > 0}
-    told = folder / f"round-{launch}.json"
-    told.write_text(json.dumps(described))
+    file = folder / f"round-{launch}.json"
+    file.write_text(json.dumps(described))
     limit_s = _CUT_LIMIT_S if "cut=" in round_.faults else _LIMIT_S
-    job = where.run(_JOB, told, limit_s=limit_s, faults=round_.faults, survives=round_.survives)
+    job = where.run(_JOB, file, limit_s=limit_s, faults=round_.faults, survives=round_.survives)
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{launch}-*.json"))]
     return job, reports
 
