@@ -57,7 +57,9 @@ class World:
             [_mpirun(), "--version"], capture_output=True, text=True, check=True, env=_environment()
         ).stdout
         self.is_open_mpi = "Open MPI" in said or "Open RTE" in said
-        self.mpi = said.splitlines()[0].strip()
+        lines = [" ".join(line.split()) for line in said.splitlines()]
+        of_mpich = [f"MPICH {line[9:]}" for line in lines if line.startswith("Version: ")]
+        self.mpi = (lines if self.is_open_mpi else of_mpich)[0]
 
     @property
     def survives(self) -> bool:
