@@ -46,8 +46,8 @@ _NEEDS_THREADS = (
 # Replicas would differ by bits if the ranks ran other versions.
 _VERSIONS = (__version__, np.__version__)
 _HAN = (
-    "under --with-ft ulfm coll/han of Open MPI 5.0 gives wrong sums across hosts when a rank is lost: "
-    "set OMPI_MCA_coll=^han before mpi4py.MPI is imported (kvcoll does, if it imports it first)"
+    "under --with-ft ulfm coll/han of Open MPI 5.0 gives wrong sums across hosts when a rank is "
+    "lost: set OMPI_MCA_coll=^han before mpi4py.MPI is imported, or let kvcoll import it"
 )
 _UNGUARDED = (
     "a host that goes down, or whose cable is cut, may leave the others waiting for ever, as its "
