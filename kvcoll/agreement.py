@@ -324,6 +324,11 @@ class AcrossRanks(Agreement):
         return self._number
 
     @property
+    def is_over(self) -> bool:
+        """Whether there can be no more agreement: a rank has left, or waiting was ended."""
+        return bool(self._ended) or self._alarm.error is not None
+
+    @property
     def is_leaving(self) -> bool:
         """Whether a farewell is under way."""
         return bool(self._leaving)

@@ -6,7 +6,6 @@ import atexit
 import os
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import exiting, farewell, on_gpus, testing
+from . import exiting, farewell, on_gpus, testing, watching
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
-from .errors import ArgumentError, NotSurvivableError, ThreadError, text_of
+from .errors import ArgumentError, LaunchError, NotSurvivableError, ThreadError, text_of
 from .launch import InLine, Late, Launch, Overlap
 from .recovery import Link, Recoverable, late_ranks, recover
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
@@ -29,7 +28,8 @@ from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
 from .transport.contract import Transport
-from .watchdog import Track, Watchdog, Watched, patrol, settled
+from .transport.losses import uses_han
+from .watchdog import Watchdog, patrol, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,6 +51,14 @@ _NEEDS_THREADS = (
 )
 # Replicas would differ by bits if the ranks ran other versions.
 _VERSIONS = (__version__, np.__version__)
+_HAN = (
+    "under --with-ft ulfm coll/han of Open MPI 5.0 gives wrong sums across hosts when a rank is "
+    "lost: set OMPI_MCA_coll=^han before mpi4py.MPI is imported, or let kvcoll import it"
+)
+_UNGUARDED = (
+    "a host that goes down, or whose cable is cut, may leave the others waiting for ever, as its "
+    "loss cannot be noticed: {}"
+)
 _CREATED = Call("the end of create()", digest("created"))
 
 
@@ -148,9 +156,9 @@ def create(
     verify_every : int, optional
         Of ``'dist_*'``: compare the replicas after every so many pushes, see
         `KVStore.verify`; a push then raises ReplicasDifferError, and where pushes overlap or
-        are late it waits for all. Every 1: the push after which they differ is named, at
-        the cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of each
-        push narrow it down; they cost some microseconds a key.
+        are late it waits for all. Every 1: the push after which they differ is named, at the
+        cost of a pass over values and states a push, some 10 GB/s. More than 1: samples of
+        each push narrow it down; they cost some microseconds a key.
     elastic : bool, default False
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
@@ -197,8 +205,8 @@ def create(
     kind = name.lower()
     if kind == "teststore" or kind in registered():
         given = (comm, staleness, verify_every)
-        asked = (reproducible, overlap, elastic, watchdog is not True)
-        if any((*asked, *(option is not None for option in given))):
+        others = (reproducible, overlap, elastic, watchdog is not True)
+        if any(others) or any(option is not None for option in given):
             raise ArgumentError(f"a {kind!r} store takes no options")
         return TestStore() if kind == "teststore" else registered()[kind]()
     if kind not in (*_LOCAL, *_ON_DEVICES, _NCCL, *_DISTRIBUTED):
@@ -250,28 +258,10 @@ def create(
     return KVStore(kind, AloneTransport(), Alone(), one_thread=False, borders=borders)
 
 
-@dataclass(frozen=True, eq=False)
-class _Open:
-    """A store that is not closed.
-
-    Attributes
-    ----------
-    survivor : Survivor
-    link : Link
-        By which it agrees.
-    watch : callable
-        Has its calls watched, on the ranks that the link has then; collective.
-    """
-
-    survivor: Survivor
-    link: Link
-    watch: Callable[[], None]
-
-
 _links: list[Link] = []
 _world: list[Link] = []  # that of COMM_WORLD, once it is there
 # Held until they are closed, since others wait for them; each with by which link it agrees.
-_open_stores: list[_Open] = []
+_open_stores: list[tuple[Survivor, Link]] = []
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
@@ -382,57 +372,21 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             border=border,
             host_transport=beside,
         )
-        watched = partial(_watch, store, link, its_link, settings, is_world=world is not None)
-        watched()
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
     link.ranks.confirm(_CREATED)
+    watching.begin(store, link, its_link.ranks, settings, number=link.n_made, lasts=link in _world)
     if its_link is not link:
         _links.append(its_link)
-    _open_stores[:] = [other for other in _open_stores if not other.survivor.store.closed]
+    _open_stores[:] = [other for other in _open_stores if not other[0].store.closed]
     survivor = Survivor(
         store, link.n_made, tree=options.reproducible, patient=patient, is_late=is_async
     )
-    _open_stores.append(_Open(survivor, its_link, watched))
+    _open_stores.append((survivor, its_link))
     is_told = transport.topology.rank == 0 and border is None and not options.reproducible
     if is_told and lacks_shared_memory(transport):
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
-
-
-def _watch(
-    store: KVStore, link: Link, its_link: Link, settings: Watchdog | None, *, is_world: bool
-) -> None:
-    """Have a store's calls watched; collective."""
-    from .transport import mpi
-
-    is_beside, ranks = its_link is not link, its_link.ranks
-    track = patrol.track_of(ranks)
-    if track is None:
-        if settings is None or link.comm.size == 1:
-            return
-        track = Track(ranks, settings, is_beside=is_beside, is_lasting=is_world)
-        duplicate = partial(mpi.duplicate, link.comm, _CREATE_LIMIT_S)
-        has_threads = mpi.allows_threads()
-        patrol.watch(
-            link.comm, link.losses, track, duplicate if has_threads else None, mpi.import_mpi()
-        )
-    guard, weak = store._guard, weakref.ref(store)
-
-    def version() -> int:
-        alive = weak()
-        return 0 if alive is None else alive.version
-
-    name = f"the {store.type!r} store" if is_beside else f"store {ranks.n_stores}"
-    watched = Watched(
-        name,
-        settings,
-        calls=lambda: guard.calls,
-        version=version,
-        thread=lambda: guard.thread,
-        is_closed=lambda: bool(guard.closed),
-    )
-    track.add(watched)
 
 
 def _async_link(own: MPI.Intracomm, link: Link) -> Link:
@@ -451,20 +405,17 @@ def _recover(link: Link, limit_s: float) -> None:
             "this MPI does not go on when a rank is lost: start the job with Open MPI 5 and "
             "mpirun --with-ft ulfm, or load a checkpoint in a new job"
         )
-    concerned = [
-        one
-        for one in _open_stores
-        if one.link.losses is link.losses and not one.survivor.store.closed
-    ]
-    before = {link.ranks, *(one.link.ranks for one in concerned)}
+    stores: dict[Recoverable, Link] = {
+        survivor: its_link
+        for survivor, its_link in _open_stores
+        if its_link.losses is link.losses and not survivor.store.closed
+    }
     exiting.arm()
-    stores: dict[Recoverable, Link] = {one.survivor: one.link for one in concerned}
     recover(link, stores, limit_s)
-    for ranks in before:
-        patrol.leave(ranks)
-    for one in sorted(concerned, key=lambda one: one.survivor.number):
-        if not one.survivor.store.closed:
-            one.watch()
+    for survivor, its_link in _open_stores:  # in the order of their making
+        if survivor in stores and not survivor.store.closed:
+            ranks, number = its_link.ranks, survivor.number
+            watching.go_on(survivor.store, link, ranks, number=number, lasts=link in _world)
 
 
 def _new_link(comm: Any, limit_s: float) -> Link:
@@ -477,6 +428,11 @@ def _new_link(comm: Any, limit_s: float) -> Link:
     messenger = mpi.MpiMessenger(own, topology, losses=losses)
     ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
     link = Link(own, topology, ranks, losses, farewell.advance)
+    if losses.survives and topology.num_hosts > 1 and uses_han():
+        ranks.refuse("create()", LaunchError(_HAN))
+    why_not = link.guard_hosts()
+    if why_not and topology.rank == 0:
+        warnings.warn(_UNGUARDED.format(why_not), RuntimeWarning, stacklevel=4)
     _links.append(link)
     return link
 
@@ -504,6 +460,9 @@ def _leave_all() -> None:
     patrol.stop()
     if not _links:
         return
+    for link in _links:
+        if link.lifeline is not None:
+            link.lifeline.close()
     from .transport import mpi
 
     # A late store's link has the losses, and the ranks, of one that comes before.
@@ -513,6 +472,8 @@ def _leave_all() -> None:
             # The others may go on without the lost ranks, and then without this one.
             exiting.within_limit(partial(mpi.regroup, link.comm, stays=False))
     exiting.finish(mpi.finalize, mpi.is_finalized)
+    if _links[0].topology.rank == 0:
+        exiting.say_ended()
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:
@@ -520,9 +481,9 @@ def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | No
 
     A push that the ranks have not agreed on yet ends when the others leave.
     """
-    for one in _open_stores:
-        if one.link.ranks is ranks:
-            yield from one.survivor.store._pushes_end()
+    for survivor, its_link in _open_stores:
+        if its_link.ranks is ranks:
+            yield from survivor.store._pushes_end()
     return (yield from ranks.leave(why))
 
 
@@ -531,8 +492,8 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
-    exiting.forget()
     patrol.forget()
+    exiting.forget()
 
 
 # A child made by fork must not speak for its parent.

@@ -18,7 +18,7 @@ class Push:
     Attributes
     ----------
     rank : int
-        Of the store.
+        Of the store, as it was created.
     number : int
         The how-many-th push of the store it will be, from 1: its `version` afterwards.
     key : object

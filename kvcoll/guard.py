@@ -107,7 +107,7 @@ class Guard:
     @property
     def inside(self) -> bool:
         """Whether a call is running already: this one comes from its updater."""
-        return self._begun - self._ended_calls > 1
+        return self._begun > self._ended_calls + 1
 
     @property
     def is_busy(self) -> bool:

@@ -28,6 +28,8 @@ from .transport.waiting import Waiting
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .transport.lifeline import Lifeline
+
 _NOT_ALL = "not all ranks that are left have it: it was being made or closed when one was lost"
 _CAME_THROUGH, _WELL = 1, 2  # bits of an agreement
 
@@ -46,6 +48,8 @@ class Link:
         As for `AcrossRanks`.
     n_made : int
         How many stores were made.
+    lifeline : Lifeline or None
+        What notices that another host is gone.
     """
 
     comm: MPI.Intracomm
@@ -54,12 +58,33 @@ class Link:
     losses: Losses
     idle: Callable[[], None]
     n_made: int = 0
+    lifeline: Lifeline | None = None
 
     def move(
         self, comm: MPI.Intracomm, topology: Topology, ranks: AcrossRanks, losses: Losses
     ) -> None:
         """Go on with other ranks."""
         self.comm, self.topology, self.ranks, self.losses = comm, topology, ranks, losses
+
+    def guard_hosts(self) -> str:
+        """Have the job end if a host is lost, and nobody tells; called by all ranks.
+
+        Returns
+        -------
+        str
+            Why that cannot be, or ``''``.
+        """
+        from .transport import mpi
+        from .transport.lifeline import open_lifeline  # a store of one host needs no sockets
+
+        lost = partial(mpi.end_job, self.comm)
+        lifeline, why_not = open_lifeline(
+            self.topology, self.ranks.tell, lost, survives=self.losses.survives
+        )
+        if self.lifeline is not None:
+            self.lifeline.close()
+        self.lifeline = lifeline
+        return why_not
 
     def count(self, n_made: int) -> None:
         """Count the stores that were made on any rank."""
@@ -208,6 +233,7 @@ def recover(link: Link, stores: Mapping[Recoverable, Link], limit_s: float) -> N
                 "recover() failed on another rank, which has raised why"
             )
     attempt.commit()
+    link.guard_hosts()
 
 
 @final

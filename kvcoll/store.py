@@ -185,6 +185,7 @@ class KVStore(KVStoreBase):
         self._transport = transport if host_transport is None else host_transport
         self._sums = transport
         self._topology = transport.topology
+        self._created_rank = transport.topology.rank  # faults go by it, also once ranks were lost
         self._agreement = agreement
         self._engine = Engine(transport, agreement, tree=tree, apart=apart)
         self._recovering = recovering
@@ -1503,7 +1504,7 @@ KeyKindError, ArrayError
         self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
     ) -> list[Any]:
         """Push where faults wait, which may change it."""
-        push = faults.Push(self.rank, self._version + 1, key)
+        push = faults.Push(self._created_rank, self._version + 1, key)
         value, is_made = armed.before_push(push, value)
         outputs = self._push(key, value, priority, out, spared=True) if is_made else []
         armed.after_push(push, self._stored)

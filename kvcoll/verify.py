@@ -180,7 +180,7 @@ class Verifier:
             self._transport.broadcast(difference.part.flat, difference.root)
         whole = fingerprint.of_all({part.name: part.fingerprint() for part in parts})
         if not self._are_same(call, whole):
-            raise ReplicasDifferError(f"{said}; and after a repair, which came to nothing")
+            raise ReplicasDifferError(f"{said}; a repair came to nothing: go back to a checkpoint")
         self.trust(version)
         if self._transport.topology.rank == 0:
             warnings.warn(f"{said}; {_repaired(differences)}", RuntimeWarning, stacklevel=4)

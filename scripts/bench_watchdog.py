@@ -51,8 +51,8 @@ def main() -> None:
         grads = new_arrays(shapes, 0)
         kv.init(keys, grads)
         kv.set_optimizer("sgd", learning_rate=0.1, momentum=0.9)
-        compare(comm, "push and pull of 1,000 elements", small, 2000, args.rounds)
-        compare(comm, "push of ResNet-50", lambda: kv.push(keys, grads), 4, args.rounds)
+        compare(comm, "push and pull of 1,000 elements", small, 300, args.rounds)
+        compare(comm, "push of ResNet-50", lambda: kv.push(keys, grads), 2, args.rounds)
         say(comm, f"what a call writes down: {written_ns():.0f} ns")
 
 

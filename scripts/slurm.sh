@@ -8,6 +8,7 @@
 #   KVCOLL_LAUNCHER=srun|mpirun   who starts the ranks; mpirun does on the job's nodes, too. Default: srun for
 #                                 Open MPI, where SLURM has PMIx; else mpirun
 #   KVCOLL_MPI, KVCOLL_VENV       see scripts/environment.sh
+#   KVCOLL_ELASTIC=yes            go on when a rank is lost; mpirun starts the ranks then, as srun would end them
 
 # Not from this folder, where kvcoll is found by any Python, but by the programs in scripts/ it is not.
 _kvcoll_find_python() {
@@ -25,12 +26,13 @@ print(MPI.get_vendor()[0])'
 # kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code. A SIGUSR1 that
 # comes to this shell goes on to all ranks, and is remembered.
 kvcoll_launch() {
-    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command started code
+    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command started code kvcoll_ft=()
+    [[ " $* " != *" --elastic "* ]] || KVCOLL_ELASTIC=yes
     name=$(_kvcoll_mpi_name) || return
     [ "$name" != 'Open MPI' ] || mpi_type=pmix
     if [ -z "$launcher" ]; then
         launcher=mpirun
-        [ "$mpi_type" != pmix ] || ! srun --mpi=list 2>&1 | grep -qw pmix || launcher=srun
+        [ "${KVCOLL_ELASTIC-}" = yes ] || [ "$mpi_type" != pmix ] || ! srun --mpi=list 2>&1 | grep -qw pmix || launcher=srun
     fi
     case $launcher in
         srun)
@@ -45,6 +47,8 @@ kvcoll_launch() {
             command=("$mpirun" -n "$SLURM_NTASKS")
             # Else each rank and all its threads were bound to one core.
             [ "$name" != 'Open MPI' ] || command+=(--bind-to none)
+            _kvcoll_ft "$mpirun"
+            command+=("${kvcoll_ft[@]}")
             ;;
         *)
             echo "kvcoll: KVCOLL_LAUNCHER is '$launcher': set it to srun or mpirun" >&2
@@ -56,6 +60,7 @@ kvcoll_launch() {
     export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx} # ucx: one-sided calls abort where no fabric is
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from the job
     echo "+ ${command[*]} python $*"
+    [ ${#kvcoll_ft[@]} -eq 0 ] || { _kvcoll_open_end && command+=(-x KVCOLL_ENDED_FILE); } || return
     kvcoll_was_asked=
     "${command[@]}" "$(command -v python)" "$@" & # beside this shell, which else would hear of no signal
     started=$!
@@ -66,6 +71,7 @@ kvcoll_launch() {
     wait "$started"
     code=$?
     trap '' USR1
+    [ ${#kvcoll_ft[@]} -eq 0 ] || { _kvcoll_close_end "$code" && code=0 || code=$?; }
     return "$code"
 }
 
@@ -80,4 +86,6 @@ kvcoll_end() {
     exit "$1"
 }
 
+# shellcheck source=scripts/ft.sh
+source scripts/ft.sh
 _kvcoll_find_python

@@ -9,6 +9,7 @@ The first run sets up a virtual environment; how to choose it stands in scripts/
 
   scripts/train.sh
   scripts/train.sh -n 4 --epochs 5 --optimizer adam
+  scripts/train.sh -n 4 --elastic        # goes on with 3 if one is killed
   KVCOLL_MPI=mpich scripts/train.sh
 
 What it runs is mpirun -n RANKS python scripts/train.py ..., and it prints that line.
@@ -33,4 +34,5 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
     echo "$usage"
     exec python "$program" --help
 fi
+[[ " $* " != *" --elastic "* ]] || KVCOLL_ELASTIC=yes
 KVCOLL_PRINT_COMMAND=yes kvcoll_mpirun "$ranks" python "$program" "$@"

@@ -38,7 +38,7 @@ class FakeRanks:
 
     def __init__(self) -> None:
         self.entered = self.passed = 0
-        self.ended = ""
+        self.is_over = False
         self.is_held = self.is_leaving = False
         self.call: Call | None = None
         self.calls = (0, 0)
@@ -51,6 +51,7 @@ class FakeRank:
     def __init__(self, rank: int, boxes: list[deque[tuple[int, str]]], world: FakeWorld) -> None:
         self.said: list[str] = []
         self.ends: list[tuple[list[int], str, list[int]]] = []
+        self.job_ends: list[tuple[str, bool]] = []
         self.answers = True
         self.tracks: list[FakeRanks] = []
         self.version = 0
@@ -58,8 +59,8 @@ class FakeRank:
             FakePost(rank, boxes),
             world.places,
             say=self.said.append,
-            end=self._end,
-            ends_all=world.ends_all,
+            end=self._end if world.ends_all else None,
+            end_job=lambda text, has_lost: self.job_ends.append((text, has_lost)),
             stack=lambda ident: f"  line of rank {rank}\n",
             look=world.look_at,
         )
@@ -79,6 +80,7 @@ class FakeRank:
                 calls=lambda: ranks.calls,
                 version=lambda: self.version,
                 thread=lambda: None,
+                beside=lambda: None,
                 is_closed=lambda: False,
             )
         )

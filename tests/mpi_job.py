@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 # What a launcher tells its ranks. A child that inherits it takes itself for one of them.
 OF_A_LAUNCHER: Final = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "PALS_")
 OF_THE_USER: Final = ("OMPI_ALLOW_", "OMPI_MCA_osc", "OMPI_MCA_btl", "OMPI_MCA_mpi_yield_when_idle")
+WITH_FT: Final = ("--with-ft", "ulfm", "--mca", "coll", "^han")
 TO_END_S: Final = 3.0  # what mpirun has to end its ranks after a polite signal
 SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
 # sh -c THIS FOLDER PROGRAM...: becomes the program, its output in the folder's files of this rank.
@@ -44,15 +45,17 @@ def run_job(
     *arguments: str | Path,
     timeout_s: float = 40.0,
     env: dict[str, str] | None = None,
+    with_ft: bool = False,
     options: Sequence[str] = (),
 ) -> Job:
     """Run `mpirun -n ranks python arguments...`, e.g. `run_job(2, "-c", code)`; kill it when late.
 
     `env` is added to the environment, `options` to mpirun's. The limit of the test itself must
-    be the longer one.
+    be the longer one. `with_ft` lets it go on when a rank is lost, see `why_no_ft`.
     """
     with tempfile.TemporaryDirectory(prefix="kvcoll-job-") as folder:
-        by = [*options, "sh", "-c", TO_OWN_FILES, folder]
+        ft = WITH_FT if with_ft else ()
+        by = [*ft, *options, "sh", "-c", TO_OWN_FILES, folder]
         job = _run(ranks, by, arguments, timeout_s, env or {})
         return job._replace(
             stdout=_said(folder, "stdout") + job.stdout, stderr=_said(folder, "stderr") + job.stderr
@@ -135,6 +138,16 @@ def is_open_mpi() -> bool:
     from mpi4py import MPI
 
     return MPI.get_vendor()[0] == "Open MPI"
+
+
+def why_no_ft() -> str:
+    """Say why jobs of this MPI end when a rank is lost, or ``''`` if they may go on."""
+    from mpi4py import MPI
+
+    name, version = MPI.get_vendor()
+    if name == "Open MPI" and version >= (5,):
+        return ""
+    return f"{name} {'.'.join(map(str, version))} ends a job when a rank is lost"
 
 
 def _launcher(ranks: int) -> list[str]:

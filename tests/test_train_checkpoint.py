@@ -1,4 +1,4 @@
-"""scripts/train.py goes on after a kill or a stop, with the bits of a run that was let be."""
+"""scripts/train.py goes on after a kill, a stop or a loss; the bits are those of a run let be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mpi_job import Job
+from mpi_job import Job, why_no_ft
 
 import kvcoll
 
@@ -22,23 +22,11 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATHS = (SCRIPTS, Path(kvcoll.__file__).parents[1], os.environ.get("PYTHONPATH", ""))
 Start = Callable[..., Job]
 
-# Rank 1 is killed in the middle of the given step.
-KILLED = f"""
-import os, sys
+SHARED = """
+import sys
 import train
 from kvcoll.checkpoint import shares
 shares.PART_BYTES, shares.CUT_BYTES = 1 << 16, 1 << 15  # so that both ranks write
-from mpi4py import MPI
-
-steps, last = [], int(sys.argv.pop(1))
-
-def backward(*arguments, honest=train.backward):
-    steps.append(1)
-    if MPI.COMM_WORLD.rank == 1 and len(steps) == last:
-        os.kill(os.getpid(), {int(signal.SIGKILL)})
-    return honest(*arguments)
-
-train.backward = backward
 sys.exit(train.main())
 """
 
@@ -47,8 +35,9 @@ def options(path: Path, *more: str) -> tuple[str, ...]:
     return ("--epochs", "6", "--target-accuracy", "0", "--checkpoint", str(path), *more)
 
 
-def start(mpirun: Start, ranks: int, *arguments: str | Path) -> Job:
-    return mpirun(ranks, *arguments, env={"PYTHONPATH": os.pathsep.join(map(str, PATHS))})
+def start(mpirun: Start, ranks: int, *arguments: str | Path, faults: str = "") -> Job:
+    env = {"PYTHONPATH": os.pathsep.join(map(str, PATHS)), "KVCOLL_FAULTS": faults}
+    return mpirun(ranks, *arguments, env=env)
 
 
 def bits(job: Job) -> str:
@@ -66,8 +55,10 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     assert sorted(os.listdir(tmp_path / "whole")) == ["00000005", "00000006"]
 
     path = tmp_path / "run"
-    for step in (80, 40):  # of 23 an epoch
-        killed = start(mpirun, 2, "-c", KILLED, str(step), *options(path, *kind, "--resume"))
+    for push in (80, 110):  # of 23 an epoch
+        faults = f"rank=1 push={push} kill"
+        resuming = options(path, *kind, "--resume")
+        killed = start(mpirun, 2, "-c", SHARED, *resuming, faults=faults)
         assert not killed.timed_out
         assert "signal 9" in killed.stdout + killed.stderr or killed.returncode == 9, killed.stderr
     numbers = tmp_path / "numbers.json"
@@ -109,6 +100,26 @@ def test_what_cannot_be_resumed_is_said_once_by_all_ranks(mpirun: Start, tmp_pat
     lone = start(mpirun, 1, SCRIPTS / "train.py", "--resume")
     assert lone.returncode == 2
     assert "--resume goes with --checkpoint DIR" in lone.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--kv-store", "dist_async")])
+def test_an_elastic_run_goes_on_without_ranks_that_are_killed_and_reaches_its_accuracy(
+    mpirun: Start, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    if why := why_no_ft():
+        pytest.skip(why)
+    elastic = ("--elastic", "--epochs", "6", "--checkpoint", tmp_path / "run", *more)
+    env = {
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+        "KVCOLL_FAULTS": "rank=1 push=30 kill; rank=0 push=75 kill",
+    }
+    program = SCRIPTS / "train.py"
+    job = mpirun(4, program, *elastic, env=env, with_ft=True, timeout_s=80.0)
+    assert not job.timed_out, job.stdout + job.stderr
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "rank 1 of 4 was lost: 3 go on from push " in job.stdout
+    assert "rank 0 of 3 was lost: 2 go on from push " in job.stdout
+    assert "replicas: 2 of 2 the same bits" in job.stdout
 
 
 # Signals itself in the middle of the given step, on one rank alone.

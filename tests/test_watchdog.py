@@ -69,7 +69,8 @@ def test_a_wait_is_spoken_of_once_after_the_floor_and_then_each_time_it_has_doub
     world.pass_time(33)
     assert len(world.said) == 4  # after some 5, 11, 22, 44 seconds
     for one in world.ranks:
-        assert one.ends == []
+        assert not one.ends
+        assert not one.job_ends
         assert one.said == [] or one is world.ranks[0]
 
 
@@ -243,7 +244,7 @@ def test_a_rank_at_the_end_of_its_program_says_whom_it_waits_for_and_ends_nothin
     world.pass_time(200)
     assert "rank 0 has waited 10 s at the end of the program: rank 1 is late" in world.said[0]
     assert len(world.said) > 2
-    assert first.ends == []
+    assert first.job_ends == []
 
 
 # How it ends
@@ -269,9 +270,11 @@ def test_after_the_limit_the_reporter_alone_ends_the_job_where_nothing_can_be_ra
     world.steps(FIRST_CALLS + 5)
     world.ranks[1].enter()
     world.pass_time(62)
-    assert len(world.ranks[0].ends) >= 1
-    assert world.ranks[1].ends == world.ranks[2].ends == []
-    assert world.ranks[0].ends[0][2] == [0, 2]
+    assert len(world.ranks[0].job_ends) >= 1
+    assert world.ranks[1].job_ends == world.ranks[2].job_ends == []
+    text, has_lost = world.ranks[0].job_ends[0]
+    assert "rank 1 has waited 60 s in push number 26, push('w'): ranks 0, 2 are late" in text
+    assert not has_lost
 
 
 def test_a_rank_whose_process_has_ended_ends_the_job_within_seconds() -> None:
@@ -281,8 +284,10 @@ def test_a_rank_whose_process_has_ended_ends_the_job_within_seconds() -> None:
         one.enter()
     world.ranks[2].answers, world.states[2] = False, "gone"
     world.pass_time(5)
-    assert len(world.ranks[0].ends) >= 1
-    assert "rank 2 (process 102 on a) has ended without a word" in world.ranks[0].ends[0][1]
+    assert len(world.ranks[0].job_ends) >= 1
+    text, has_lost = world.ranks[0].job_ends[0]
+    assert "rank 2 (process 102 on a) has ended without a word" in text
+    assert has_lost
 
 
 def test_without_a_limit_nothing_is_ended() -> None:
@@ -293,7 +298,7 @@ def test_without_a_limit_nothing_is_ended() -> None:
     world.steps(FIRST_CALLS + 5)
     world.ranks[0].enter(track=1)
     world.pass_time(10_000 * LOOK_S)
-    assert world.ranks[0].ends == []
+    assert world.ranks[0].job_ends == []
     assert len(world.said) > 5
 
 

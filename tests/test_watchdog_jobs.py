@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mpi_job import Job, is_open_mpi
+from mpi_job import Job, is_open_mpi, why_no_ft
 
+from kvcoll.transport.lifeline import LOST_CODE
 from kvcoll.watchdog import EXIT_CODE
 
 pytestmark = [pytest.mark.single, pytest.mark.long, pytest.mark.limit(90)]
@@ -179,8 +180,8 @@ kv.push("a", one)
 def test_with_ulfm_all_ranks_that_wait_raise_the_same_and_the_late_one_when_it_comes(
     mpirun: RunJob, tmp_path: Path
 ) -> None:
-    if not is_open_mpi():
-        pytest.skip("MPICH cannot end a wait by an error")
+    if why_no_ft():
+        pytest.skip(why_no_ft())
     body = """
 kv = create(limit_s=2)
 kv.init("w", one)
@@ -192,7 +193,7 @@ try:
 except kvcoll.errors.LateRankError as error:
     say(json.dumps([error.ranks, str(error)]))
 """
-    job = run(mpirun, tmp_path, body, options=["--with-ft", "ulfm"])
+    job = run(mpirun, tmp_path, body, with_ft=True)
     said = dict(re.findall(r"^\[(\d)\] (.*)$", job.stdout, re.MULTILINE))
     assert set(said) == {"0", "1", "2"}, job.stderr
     assert len(set(said.values())) == 1
@@ -219,7 +220,7 @@ kv.push("w", one)
     job = run(mpirun, tmp_path, body, options=[goes_on])
     texts = reports(job)
     assert in_one(texts, "ranks 0, 2 have waited", "rank 1 is late", "has ended without a word")
-    assert in_one(texts, "The job ends here, with exit code 75")
+    assert in_one(texts, f"The job ends here, with exit code {LOST_CODE}")
 
 
 def test_settings_that_differ_between_ranks_are_an_error_on_all(

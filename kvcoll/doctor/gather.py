@@ -8,6 +8,7 @@ import platform
 import socket
 import sys
 
+from ..transport.addresses import addresses
 from . import gpus, machine, software
 from .facts import Facts, Place
 
@@ -50,7 +51,7 @@ def gather(place: Place, *, port: int = 0, token: str = "") -> Facts:
         limits=machine.limits(),
         shm_free_bytes=machine.shm_free_bytes(),
         memfd=machine.memfd(),
-        addresses=machine.addresses(),
+        addresses=addresses(),
         port=port,
         token=token,
         fabrics=machine.fabrics(),

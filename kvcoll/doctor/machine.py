@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import resource
-import socket
-import struct
 from pathlib import Path
 
-_SIOCGIFADDR, _SIOCGIFFLAGS, _IFF_UP = 0x8915, 0x8913, 0x1
 _LIMITS = {
     "memlock": resource.RLIMIT_MEMLOCK,
     "nofile": resource.RLIMIT_NOFILE,
@@ -81,23 +77,6 @@ def memfd() -> str:
     finally:
         os.close(descriptor)
     return ""
-
-
-def addresses() -> dict[str, str]:
-    """Give the IPv4 address of each interface that is up, but for the loopback."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                flags = fcntl.ioctl(asked, _SIOCGIFFLAGS, request)
-                answer = fcntl.ioctl(asked, _SIOCGIFADDR, request)
-            except OSError:
-                continue  # it has no IPv4 address
-            address = socket.inet_ntoa(answer[20:24])
-            if struct.unpack_from("<H", flags, 16)[0] & _IFF_UP and not address.startswith("127."):
-                found[name] = address
-    return found
 
 
 def fabrics() -> list[str]:

@@ -39,7 +39,7 @@ class Fault(ABC):
     Attributes
     ----------
     rank : int
-        On which rank of the store.
+        On which rank of the store, as it was created: a recovery numbers ranks anew.
     push : int, optional
         At the how-many-th push: with a `key` of those of this key since the fault was set,
         else of the store, as `KVStore.version` counts them from 1 on. By default at the next.

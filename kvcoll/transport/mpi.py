@@ -8,7 +8,9 @@ works under every MPI and the order of a sum is ours, not the library's.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -33,7 +35,8 @@ from .launcher import (
     say_if_alone,
 )
 from .leg import DirectLeg, Leg, LegSizes, post
-from .losses import Losses
+from .lifeline import LOST_CODE
+from .losses import Losses, leave_out_han
 from .memory import SharedMemory, share
 from .waiting import Waiting
 
@@ -46,6 +49,7 @@ _AGREE, _TEXT, _EXCHANGE = 1, 2, 5  # tags; a leg has its own
 # send each other everything anyway, in short messages.
 SMALL_BYTES = 16 << 10
 _MIDDLE_BYTES = 128 << 10
+_FORCED_S = 2.0  # what MPI_Abort has to end the job
 _BROADCAST_BYTES = 1 << 30  # MPI counts are 32-bit in Open MPI 5
 
 
@@ -65,8 +69,10 @@ def import_mpi() -> Any:
     )
     checks = must_check_before_start()
     try:
-        if checks and "mpi4py.MPI" not in sys.modules:
-            _let_import_not_start()
+        if "mpi4py.MPI" not in sys.modules:
+            leave_out_han()
+            if checks:
+                _let_import_not_start()
         from mpi4py import MPI
     except ImportError as error:
         raise MissingDependencyError(f"a distributed store needs mpi4py: {cure}") from error
@@ -111,6 +117,16 @@ def default_communicator() -> MPI.Intracomm:
     check_launcher(world.size, library)
     say_if_alone(world.size, library)
     return world
+
+
+def end_job(comm: MPI.Intracomm, cause: str) -> None:
+    """End the job from any thread (MPI_Abort), or at least this process, if MPI hangs."""
+    forced = threading.Timer(_FORCED_S, os._exit, [LOST_CODE])
+    forced.daemon = True
+    forced.start()
+    if allows_threads():
+        comm.Abort(LOST_CODE)
+    os._exit(LOST_CODE)
 
 
 def finalize() -> None:

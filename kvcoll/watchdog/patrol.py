@@ -12,14 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NoReturn, final
 from weakref import WeakKeyDictionary
 
 from ..agreement import AcrossRanks
 from ..errors import LateRankError, text_of
+from ..transport.lifeline import LOST_CODE
 from ..transport.losses import Losses
 from .held import NO_FILE, HeldStack
-from .post import MpiPost, NoPost, Post
+from .post import MpiPost, NoPost, Post, introduce
 from .processes import own_place
 from .stacks import stack_of
 from .station import Station
@@ -61,13 +63,13 @@ class Watch:
         self._losses: dict[int, Losses] = {}
         post: Post
         if comm is None:
-            post, places = (
-                NoPost(like.rank, like.size),
-                [own_place(mpi.COMM_WORLD.rank)] * like.size,
-            )
+            post = NoPost(like.rank, like.size)
+            places = [own_place(mpi.COMM_WORLD.rank)] * like.size
         else:
             post = MpiPost(comm, mpi)
-            places = post.places(NO_FILE if _held is None else _held.file)
+            # Over the link's, which is revoked if a rank is lost meanwhile; the other never is.
+            file = NO_FILE if _held is None else _held.file
+            places = introduce(like, mpi.COMM_WORLD.rank, file)
         self._name = "kvcoll: "
         if post.rank and post.reaches_others:
             self._name += f"(rank {post.rank} says this, as no rank before it answers) "
@@ -75,8 +77,8 @@ class Watch:
             post,
             places,
             say=self._say,
-            end=self._end,
-            ends_all=survives,
+            end=self._end if survives and comm is not None else None,
+            end_job=self._end_job,
             stack=stack_of,
             elsewhere=self._elsewhere,
         )
@@ -90,21 +92,20 @@ class Watch:
         print(f"{self._name}{text}", file=sys.stderr, flush=True)
 
     def _end(self, tracks: Sequence[int], text: str, late: Sequence[int]) -> None:
-        if not self.station.ends_all:
-            self._end_job(text)
         for number in tracks:
             if number in self._losses:
                 self._losses[number].alarm.sound(LateRankError(text, late))
 
-    def _end_job(self, text: str) -> NoReturn:
-        timer = threading.Timer(_ABORT_S, os._exit, [EXIT_CODE])
+    def _end_job(self, text: str, has_lost: bool) -> NoReturn:
+        code = LOST_CODE if has_lost else EXIT_CODE
+        timer = threading.Timer(_ABORT_S, os._exit, [code])
         timer.daemon = True
         timer.start()
-        self._say(f"{text}\n  The job ends here, with exit code {EXIT_CODE}")
+        self._say(f"{text}\n  The job ends here, with exit code {code}")
         time.sleep(_TO_BE_READ_S)
         if self._has_threads:
-            self._mpi.COMM_WORLD.Abort(EXIT_CODE)
-        os._exit(EXIT_CODE)
+            self._mpi.COMM_WORLD.Abort(code)
+        os._exit(code)
 
     def _elsewhere(self) -> list[Position]:
         others = [watch.station for watch in _watches if watch is not self]
@@ -147,7 +148,8 @@ def watch(
     """
     global _look_s, _held
     if track.settings.held_stacks and _held is None:
-        _held = HeldStack()
+        with suppress(OSError):  # memfd_create is not allowed: then without such stacks
+            _held = HeldStack()
     group = comm.Get_group()
     known = [w for w in _watches if mpi.Group.Compare(w.group, group) == mpi.IDENT]
     group.Free()
@@ -160,15 +162,6 @@ def watch(
     _tracks[track.ranks] = track
     _look_s = min(_look_s, track.settings.look_s)
     start(mpi)
-
-
-def leave(ranks: AcrossRanks) -> None:
-    """Watch a link's agreements no more: the stores have gone on with other ranks."""
-    track = _tracks.pop(ranks, None)
-    if track is not None:
-        for one in _watches:
-            one.station.remove(track)
-        _watches[:] = [one for one in _watches if not one.station.is_idle]
 
 
 def track_of(ranks: AcrossRanks) -> Track | None:
@@ -193,7 +186,10 @@ def start(mpi: Any) -> None:
         _finalize_hook = mpi.Comm.Create_keyval(delete_fn=lambda *_: stop())
         mpi.COMM_SELF.Set_attr(_finalize_hook, None)
     _thread = threading.Thread(target=_run, name="kvcoll-watchdog", daemon=True)
-    _thread.start()
+    try:
+        _thread.start()
+    except RuntimeError as error:  # no more threads are allowed: the others have made the store
+        _say_ended(error)
 
 
 def stop() -> None:
@@ -210,6 +206,7 @@ def forget() -> None:
     global _thread, _stop, _held
     _thread, _stop, _held = None, threading.Event(), None
     _watches.clear()
+    _tracks.clear()
 
 
 def _run() -> None:
@@ -223,7 +220,11 @@ def _run() -> None:
             if _held is not None:
                 _held.put_off()
     except Exception as error:  # whatever it is: training goes on without a watchdog
-        said = f"{type(error).__name__}: {text_of(error)}"
-        print(f"kvcoll: the watchdog of this rank has ended: {said}", file=sys.stderr)
+        _say_ended(error)
     if _held is not None:
         _held.end()
+
+
+def _say_ended(error: Exception) -> None:
+    said = f"{type(error).__name__}: {text_of(error)}"
+    print(f"kvcoll: this rank has no watchdog any more: {said}", file=sys.stderr)

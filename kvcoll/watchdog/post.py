@@ -105,23 +105,29 @@ class MpiPost(Post):
             self.comm.Ack_failed()
         return messages
 
-    def places(self, file: int) -> list[Place]:
-        """Tell all ranks where this one is; collective (MPI_Allgather)."""
-        own = own_place(self._mpi.COMM_WORLD.rank, file)
-        hosts = np.zeros((self.size, _HOST_BYTES), np.uint8)
-        numbers = np.zeros((self.size, 4), np.int64)
-        name = own.host.encode()[:_HOST_BYTES]
-        mine = np.zeros(_HOST_BYTES, np.uint8)
-        mine[: len(name)] = np.frombuffer(name, np.uint8)
-        self.comm.Allgather(mine, hosts)
-        mine_too = np.array([own.pid, own.started, own.world_rank, own.file], np.int64)
-        self.comm.Allgather(mine_too, numbers)
-        names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in hosts]
-        pairs = zip(names, numbers.tolist(), strict=True)
-        return [Place(host, *numbered) for host, numbered in pairs]
-
     def _is_over(self, request: MPI.Request) -> bool:
         try:
             return bool(request.Test())
         except self._mpi.Exception:
             return True
+
+
+def introduce(comm: MPI.Intracomm, world_rank: int, file: int) -> list[Place]:
+    """Tell all ranks where this one is, and learn it of them; collective (MPI_Allgather).
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+    world_rank, file : int
+        As for `Place`.
+    """
+    own, size = own_place(world_rank, file), comm.size
+    hosts = np.zeros((size, _HOST_BYTES), np.uint8)
+    numbers = np.zeros((size, 4), np.int64)
+    name = own.host.encode()[:_HOST_BYTES]
+    host = np.zeros(_HOST_BYTES, np.uint8)
+    host[: len(name)] = np.frombuffer(name, np.uint8)
+    comm.Allgather(host, hosts)
+    comm.Allgather(np.array([own.pid, own.started, world_rank, file], np.int64), numbers)
+    names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in hosts]
+    return [Place(name, *numbered) for name, numbered in zip(names, numbers.tolist(), strict=True)]

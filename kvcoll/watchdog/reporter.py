@@ -56,8 +56,8 @@ class Own:
         Sends a message to a rank, itself included.
     say : callable
         Shows a text to people.
-    end : callable
-        Ends the waits of tracks on this rank, or the job.
+    end_job : callable
+        Ends the job, given the report, and whether processes have ended by themselves.
     told : callable
         Gives what this rank tells of itself.
     look : callable
@@ -73,7 +73,7 @@ class Own:
     ends_all: bool
     tell: Callable[[int, Message], None]
     say: Callable[[str], None]
-    end: Callable[[Sequence[int], str, Sequence[int]], None]
+    end_job: Callable[[str, bool], None]
     told: Callable[[], Told]
     look: Callable[[Place], Seen]
     limit_s: Callable[[Collection[int]], float]
@@ -171,19 +171,20 @@ class Reporter:
             return  # they go on
         late, text = incident.all_late(), incident.text()
         if at.why == LIMIT or (incident.ended and not own.ends_all):
-            self._end_waits(sorted(tracks), text, late)
+            self._end_waits(incident, text, late)
             return
         self._open = late
         for rank in at.told:
             own.tell(rank, {"kind": "said"})
         own.say(f"{text}\n  {self._what_next(incident, waited_s)}")
 
-    def _end_waits(self, tracks: list[int], text: str, late: list[int]) -> None:
+    def _end_waits(self, incident: Incident, text: str, late: list[int]) -> None:
         self._open = None
         if not self._own.ends_all:
-            self._own.end(tracks, text, late)
+            self._own.end_job(text, bool(incident.ended))
             return
         self._own.say(text)
+        tracks = sorted(incident.tracks)
         for rank in self._ranks:
             self._own.tell(rank, {"kind": "end", "tracks": tracks, "text": text, "late": late})
 

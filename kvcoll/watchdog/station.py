@@ -42,11 +42,11 @@ class Station:
         Of the ranks' processes.
     say : callable
         Shows a text to people.
-    end : callable
-        Ends the waits of these tracks: called with their numbers, the report, and the
-        ranks that are late. On all ranks alike where `ends_all`, else on the reporter.
-    ends_all : bool
-        Whether waits end by an error on each rank; else the reporter ends the job.
+    end : callable or None
+        Ends the waits of tracks by an error, given their numbers, the report, and the ranks
+        that are late; called on all ranks alike. None where that is not possible.
+    end_job : callable
+        Ends the job instead, given the report, and whether processes have ended by themselves.
     stack : callable
         Gives the Python stack of a thread, by its number.
     elsewhere : callable
@@ -61,15 +61,15 @@ class Station:
         places: Sequence[Place],
         *,
         say: Callable[[str], None],
-        end: Callable[[Sequence[int], str, Sequence[int]], None],
-        ends_all: bool,
+        end: Callable[[Sequence[int], str, Sequence[int]], None] | None,
+        end_job: Callable[[str, bool], None],
         stack: Callable[[int | None], str],
         elsewhere: Callable[[], list[Position]] = list,
         look: Callable[[Place], Seen] = look_at,
     ) -> None:
         self._post, self._places = post, places
         self._rank, self._size = post.rank, post.size
-        self._end, self.ends_all = end, ends_all
+        self._end = end
         self._stack, self._elsewhere, self._look_at = stack, elsewhere, look
         own = places[self._rank].host
         beside = [r for r, place in enumerate(places) if r != self._rank and place.host == own]
@@ -87,10 +87,10 @@ class Station:
                 places,
                 self._near,
                 post.reaches_others,
-                ends_all,
+                ends_all=end is not None,
                 tell=self._tell,
                 say=say,
-                end=end,
+                end_job=end_job,
                 told=self._own,
                 look=look,
                 limit_s=self._limit_s,
@@ -108,15 +108,6 @@ class Station:
     def remove_closed(self) -> None:
         """Forget tracks whose stores are all closed, on a communicator that is no more."""
         self._tracks = {n: track for n, track in self._tracks.items() if not track.is_over}
-
-    def remove(self, own: Track) -> None:
-        """Forget a track, if it is one of these."""
-        self._tracks = {n: track for n, track in self._tracks.items() if track is not own}
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is watched here."""
-        return not self._tracks
 
     def end_program(self) -> None:
         """Take note that this rank's program has come to its end."""
@@ -149,42 +140,37 @@ class Station:
     # What this rank waits for -----------------------------------------------------------
 
     def _mind_own_waits(self) -> None:
-        why, numbers = self._reason()
+        why, waits = self._reason()
         heard = why > DUE and why <= self._quiet_why and self._now_s < self._quiet_until_s
-        if not why or heard:
+        if not waits or heard:
             self._notice = None
             return
         if self._notice is None:
             first = 0 if self._post.reaches_others else self._rank
             self._notice = _Notice(first - 1, self._now_s)
-        if (
-            self._now_s >= self._notice.until_s
-        ):  # for the first time, or the last one told is silent
-            self._notice.to += 1
-            self._notice.until_s = self._now_s + ANSWER_S
-            waited_s = max(self._tracks[n].has_waited() for n in numbers)
-            message = {"kind": "wait", "why": why, "tracks": numbers, "waited_s": waited_s}
-            self._tell(self._notice.to, message)
+        if self._now_s < self._notice.until_s:
+            return
+        self._notice.to += 1  # the first rank, or the next one, as this one does not answer
+        self._notice.until_s = self._now_s + ANSWER_S
+        message = {"kind": "wait", "why": why, "tracks": list(waits)}
+        self._tell(self._notice.to, message | {"waited_s": max(waits.values())})
 
-    def _reason(self) -> tuple[int, list[int]]:
-        """Say why this rank's waits need a report, and which of them."""
-        tracks = self._tracks.items()
-        beyond = [n for n, track in tracks if track.is_beyond_limit()]
+    def _reason(self) -> tuple[int, dict[int, float]]:
+        """Say why this rank's waits need a report, and how long they have been, by track."""
+        tracks = self._tracks
+        waits = {number: track.has_waited() for number, track in tracks.items()}
+        beyond = {n: wait_s for n, wait_s in waits.items() if tracks[n].is_beyond_limit()}
         if beyond:
             return LIMIT, beyond
-        ended = self._has_seen_ended()
-        if ended:
-            return ENDED, [n for n, track in tracks if track.has_waited() > _LOOK_FOR_ENDED_S]
-        due = [n for n, track in tracks if track.is_due()]
-        return (DUE, due) if due else (0, [])
+        if self._end is None:  # else MPI itself tells of lost ranks
+            long = {n: wait_s for n, wait_s in waits.items() if wait_s > _LOOK_FOR_ENDED_S}
+            if long and self._has_seen_ended():
+                return ENDED, long
+        return DUE, {n: wait_s for n, wait_s in waits.items() if tracks[n].is_due()}
 
     def _has_seen_ended(self) -> bool:
-        """Look now and then, while this rank waits, whether a rank of its host has ended."""
-        if self.ends_all:  # MPI itself tells of lost ranks
-            return False
+        """Look now and then whether a rank of this host has ended."""
         if self._now_s < self._looked_for_ended_s + _LOOK_FOR_ENDED_S:
-            return False
-        if not any(t.has_waited() > _LOOK_FOR_ENDED_S for t in self._tracks.values()):
             return False
         if any(self._look_at(self._places[rank]).has_ended for rank in self._near):
             return True
@@ -212,7 +198,7 @@ class Station:
             found = {str(r): self._look_at(self._places[r]) for r in message["ranks"]}
             seen = {rank: [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}
             self._tell(source, {"kind": "seen", "number": message["number"], "seen": seen})
-        elif kind == "end":
+        elif kind == "end" and self._end is not None:
             self._end(message["tracks"], message["text"], message["late"])
         elif kind == "said":
             self._take_for_said()
@@ -225,7 +211,8 @@ class Station:
 
     def _own(self) -> Told:
         positions = self.positions()
-        idents = [t.thread for t in self._tracks.values() if t.thread is not None]
+        tracks = sorted(self._tracks.values(), key=lambda track: not track.ranks.is_held)
+        idents = [track.thread for track in tracks if track.thread is not None]
         others = [place for place in self._elsewhere() if place.stance not in (OUTSIDE, LEFT)]
         return Told(
             positions,

@@ -42,6 +42,8 @@ class Watched:
         Gives how many pushes have been made.
     thread : callable
         Gives the number of the thread that calls it; None before the first call.
+    beside : callable
+        Gives the number of the thread in which its updates run, if that is another one.
     is_closed : callable
     """
 
@@ -50,6 +52,7 @@ class Watched:
     calls: Callable[[], tuple[int, int]]
     version: Callable[[], int]
     thread: Callable[[], int | None]
+    beside: Callable[[], int | None]
     is_closed: Callable[[], bool]
 
 
@@ -225,15 +228,16 @@ class Track:
 
     @property
     def is_over(self) -> bool:
-        """Whether all its stores are closed, and none can come."""
+        """Whether there will be nothing more to see."""
         self._stores = [store for store in self._stores if not store.is_closed()]
-        may_come = self._is_lasting and not self.ranks.ended
-        return self._had_stores and not self._stores and not may_come
+        are_closed = self._had_stores and not self._stores and not self._is_lasting
+        return are_closed or self.ranks.is_over
 
     @property
     def thread(self) -> int | None:
-        """The thread that calls the stores."""
-        idents = [store.thread() for store in self._stores]
+        """The thread that calls the stores, or in which the user's code runs for them."""
+        is_held = self.ranks.is_held
+        idents = [(store.beside() if is_held else None) or store.thread() for store in self._stores]
         return next((ident for ident in idents if ident is not None), None)
 
     @property
@@ -245,7 +249,7 @@ class Track:
         return None
 
     def _stance(self, store: Watched | None) -> str:
-        if self.ranks.ended:
+        if self.ranks.is_over:
             return LEFT
         if self.ranks.is_held:
             return UPDATES
