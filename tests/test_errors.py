@@ -25,6 +25,7 @@ BUILTIN_OF: dict[type[KVCollError], type[Exception]] = {
     errors.RankFailedError: RuntimeError,
     errors.UpdaterError: RuntimeError,
     errors.RankLeftError: RuntimeError,
+    errors.ReplicasDifferError: RuntimeError,
     errors.WaitEndedError: RuntimeError,
     errors.RankLostError: RuntimeError,
     errors.LateRankError: RuntimeError,
