@@ -18,7 +18,7 @@ from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
 from .engine import Engine
-from .errors import ArgumentError, NotSurvivableError, ThreadError, text_of
+from .errors import ArgumentError, LaunchError, NotSurvivableError, ThreadError, text_of
 from .launch import InLine, Late, Launch, Overlap
 from .recovery import Link, Recoverable, late_ranks, recover
 from .reduction import NO_SHARED_MEMORY, lacks_shared_memory, transport_for
@@ -27,7 +27,8 @@ from .store import KVStore, Survivor
 from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
-from .watchdog import Watchdog, patrol, settled
+from .transport.losses import uses_han
+from .watchdog import Watchdog, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -44,6 +45,10 @@ _NEEDS_THREADS = (
 )
 # Replicas would differ by bits if the ranks ran other versions.
 _VERSIONS = (__version__, np.__version__)
+_HAN = (
+    "under --with-ft ulfm coll/han of Open MPI 5.0 gives wrong sums across hosts when a rank is "
+    "lost: set OMPI_MCA_coll=^han before mpi4py.MPI is imported, or let kvcoll import it"
+)
 _UNGUARDED = (
     "a host that goes down, or whose cable is cut, may leave the others waiting for ever, as its "
     "loss cannot be noticed: {}"
@@ -344,6 +349,8 @@ def _new_link(comm: Any, limit_s: float) -> Link:
     messenger = mpi.MpiMessenger(own, topology, losses=losses)
     ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
     link = Link(own, topology, ranks, losses, farewell.advance)
+    if losses.survives and topology.num_hosts > 1 and uses_han():
+        ranks.refuse("create()", LaunchError(_HAN))
     why_not = link.guard_hosts()
     if why_not and topology.rank == 0:
         warnings.warn(_UNGUARDED.format(why_not), RuntimeWarning, stacklevel=4)
@@ -368,9 +375,9 @@ def _leave_all() -> None:
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
-    patrol.program_ends()
+    watching.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
-    patrol.stop()
+    watching.stop()
     if not _links:
         return
     for link in _links:
@@ -385,6 +392,8 @@ def _leave_all() -> None:
             # The others may go on without the lost ranks, and then without this one.
             exiting.within_limit(partial(mpi.regroup, link.comm, stays=False))
     exiting.finish(mpi.finalize, mpi.is_finalized)
+    if _links[0].topology.rank == 0:
+        exiting.say_ended()
 
 
 def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | None]:
@@ -403,7 +412,7 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
-    patrol.forget()
+    watching.forget()
     exiting.forget()
 
 

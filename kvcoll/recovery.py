@@ -22,12 +22,13 @@ from .schema import Key
 from .topology import Topology
 from .transport.alarm import Alarm
 from .transport.contract import Transport
-from .transport.lifeline import Lifeline, open_lifeline
 from .transport.losses import Losses
 from .transport.waiting import Waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from .transport.lifeline import Lifeline
 
 _NOT_ALL = "not all ranks that are left have it: it was being made or closed when one was lost"
 _CAME_THROUGH, _WELL = 1, 2  # bits of an agreement
@@ -74,6 +75,7 @@ class Link:
             Why that cannot be, or ``''``.
         """
         from .transport import mpi
+        from .transport.lifeline import open_lifeline  # a store of one host needs no sockets
 
         lost = partial(mpi.end_job, self.comm)
         lifeline, why_not = open_lifeline(

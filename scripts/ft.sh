@@ -13,3 +13,18 @@ _kvcoll_ft() {
     kvcoll_ft=(--with-ft ulfm)
     export OMPI_MCA_coll=${OMPI_MCA_coll:-^han} # han: wrong sums across hosts after a loss
 }
+
+# kvcoll_ended COMMAND...: runs it; where its exit code is 0, but rank 0 has not come to its end, returns 88. So it
+# is when a whole host is lost: mpirun --with-ft ulfm ends with 0 then.
+kvcoll_ended() {
+    local code=0
+    KVCOLL_ENDED_FILE=$(mktemp -p . .kvcoll-ended.XXXXXX) || return
+    export KVCOLL_ENDED_FILE=$PWD/${KVCOLL_ENDED_FILE#./}
+    "$@" || code=$?
+    if [ "$code" -eq 0 ] && [ ! -s "$KVCOLL_ENDED_FILE" ]; then
+        echo "kvcoll: the job has not come to its end: a host was lost. Go on from the last checkpoint (--resume)." >&2
+        code=88
+    fi
+    rm -f "$KVCOLL_ENDED_FILE"
+    return "$code"
+}

@@ -25,7 +25,7 @@ print(MPI.get_vendor()[0])'
 
 # kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code.
 kvcoll_launch() {
-    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command kvcoll_ft
+    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command kvcoll_ft=()
     [[ " $* " != *" --elastic "* ]] || KVCOLL_ELASTIC=yes
     name=$(_kvcoll_mpi_name) || return
     [ "$name" != 'Open MPI' ] || mpi_type=pmix
@@ -59,7 +59,11 @@ kvcoll_launch() {
     export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx} # ucx: one-sided calls abort where no fabric is
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from the job
     echo "+ ${command[*]} python $*"
-    "${command[@]}" "$(command -v python)" "$@"
+    if [ ${#kvcoll_ft[@]} -eq 0 ]; then
+        "${command[@]}" "$(command -v python)" "$@"
+        return
+    fi
+    kvcoll_ended "${command[@]}" -x KVCOLL_ENDED_FILE "$(command -v python)" "$@"
 }
 
 # shellcheck source=scripts/ft.sh

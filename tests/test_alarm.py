@@ -11,7 +11,7 @@ import pytest
 from kvcoll.errors import LateRankError, RankFailedError, RankLostError, rebuild
 from kvcoll.transport.alarm import Alarm
 from kvcoll.transport.host import Counters
-from kvcoll.transport.losses import survives_losses
+from kvcoll.transport.losses import leave_out_han, survives_losses, uses_han
 from kvcoll.transport.waiting import Waiting
 
 
@@ -106,3 +106,30 @@ def test_only_open_mpi_5_that_was_told_so_survives_a_loss(
 ) -> None:
     environ = {} if switch is None else {"OMPI_MCA_mpi_ft_enable": switch}
     assert survives_losses(_Mpi(name, version), environ) is expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("^han", False),
+        ("^tuned,han", False),
+        ("tuned,basic", False),
+        ("^tuned", True),
+        ("han,basic", True),
+        (None, True),
+    ],
+)
+def test_it_is_known_whether_collectives_that_give_wrong_sums_are_left_out(
+    said: str | None, *, expected: bool
+) -> None:
+    assert uses_han({} if said is None else {"OMPI_MCA_coll": said}) is expected
+
+
+def test_collectives_are_left_out_only_where_losses_are_to_be_survived() -> None:
+    plain: dict[str, str] = {}
+    leave_out_han(plain)
+    assert plain == {}
+    for given, expected in ((None, "^han"), ("^tuned", "^tuned")):
+        environ = {"OMPI_MCA_mpi_ft_enable": "1"} | ({"OMPI_MCA_coll": given} if given else {})
+        leave_out_han(environ)
+        assert environ["OMPI_MCA_coll"] == expected

@@ -53,6 +53,8 @@ FLOORS = {
     "checkpoint": 8,
     "guard": 8,
     "watchdog": 8,
+    "exiting": 0,
+    "recovery": 9,
     "by_rows": 9,
     "launch": 9,
     "store": 10,

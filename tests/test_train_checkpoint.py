@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mpi_job import Job
+from mpi_job import Job, why_no_ft
 
 import kvcoll
 
@@ -109,3 +109,53 @@ def test_what_cannot_be_resumed_is_said_once_by_all_ranks(mpirun: Start, tmp_pat
     lone = start(mpirun, 1, SCRIPTS / "train.py", "--resume")
     assert lone.returncode == 2
     assert "--resume goes with --checkpoint DIR" in lone.stderr
+
+
+# Ranks are killed in the middle of the steps given.
+LOST = f"""
+import os, sys
+import train
+from mpi4py import MPI
+
+steps, plan = [], dict(pair.split(":") for pair in sys.argv.pop(1).split(","))
+
+def backward(*arguments, honest=train.backward):
+    steps.append(1)
+    if plan.get(str(MPI.COMM_WORLD.rank)) == str(len(steps)):
+        os.kill(os.getpid(), {int(signal.SIGKILL)})
+    return honest(*arguments)
+
+train.backward = backward
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("--kv-store", "dist_async")])
+def test_an_elastic_run_goes_on_without_ranks_that_are_killed_and_reaches_its_accuracy(
+    mpirun: Start, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    if why := why_no_ft():
+        pytest.skip(why)
+    program = tmp_path / "lost.py"
+    program.write_text(LOST)
+    job = mpirun(
+        4,
+        *(
+            program,
+            "1:30,0:75",
+            "--elastic",
+            "--epochs",
+            "6",
+            "--checkpoint",
+            tmp_path / "run",
+            *more,
+        ),
+        env={"PYTHONPATH": os.pathsep.join(map(str, PATHS))},
+        with_ft=True,
+        timeout_s=80.0,
+    )
+    assert not job.timed_out, job.stdout + job.stderr
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "rank 1 of 4 was lost: 3 go on from push " in job.stdout
+    assert "rank 0 of 3 was lost: 2 go on from push " in job.stdout
+    assert "replicas: 2 of 2 the same bits" in job.stdout

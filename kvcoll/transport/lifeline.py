@@ -8,6 +8,7 @@ file: whoever hears of a loss tells all others to which it is connected, and end
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -66,7 +67,7 @@ def open_lifeline(
     end : callable
         Ends the job, given the cause.
     survives : bool
-        Whether MPI tells of processes that end: then only silent hosts count.
+        Whether MPI tells of processes that end, and goes on: then only silent hosts count.
 
     Returns
     -------
@@ -118,6 +119,8 @@ class Lifeline:
         self._names: list[str] = []
         self._selector = selectors.DefaultSelector()
         self._closing = False
+        self._thread: threading.Thread | None = None
+        self._launcher = os.getppid()
 
     def listen(self) -> str:
         """Await connections, if others are to connect to this rank; say in JSON where."""
@@ -181,14 +184,28 @@ class Lifeline:
         """Wait at the connections from now on, in a thread."""
         if self._server is not None:
             self._server.close()
-        threading.Thread(target=self._watch, name="kvcoll-lifeline", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="kvcoll-lifeline", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Say good-bye, so that the end of this process is nobody's loss."""
-        self._closing = True
         self._say(_BYE)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Cut all connections without a word, as the end of a process does."""
+        self._closing = True
         if self._server is not None:
             self._server.close()
+        if self._thread is None:
+            for one in self._peers:
+                one.close()
+            return
+        for one in list(self._peers):
+            with contextlib.suppress(OSError):  # it has ended already
+                one.shutdown(socket.SHUT_RDWR)  # which the thread hears of
+        if self._thread is not threading.current_thread():
+            self._thread.join(_CONNECT_S)
 
     def _keep(self, one: socket.socket, rank: int) -> None:
         """Have the kernel see whether the other host answers (tcp(7))."""
@@ -215,6 +232,7 @@ class Lifeline:
                 one = key.fileobj
                 if isinstance(one, socket.socket):
                     self._hear(one)
+        self._selector.close()
 
     def _hear(self, one: socket.socket) -> None:
         rank, cause = self._peers[one], ""
@@ -225,16 +243,21 @@ class Lifeline:
             cause = self._silent(rank) if error.errno in _SILENT else ""
         self._selector.unregister(one)
         del self._peers[one]
+        one.close()
         if self._closing or said == _BYE:
-            one.close()
-        elif said:
+            return
+        if said:
             self._lost(said.decode(errors="replace"))
         elif cause:
             self._lost(cause)
-        elif not self._survives:
+        else:
             time.sleep(_GRACE_S)
-            if not self._closing:
+            if not self._closing and not self._is_told():
                 self._lost(f"rank {rank}, on {self._name(rank)}, has ended without a word")
+
+    def _is_told(self) -> bool:
+        """Say whether MPI tells of the end of processes, as long as its launcher is there."""
+        return self._survives and os.getppid() == self._launcher
 
     def _silent(self, rank: int) -> str:
         ranks = ", ".join(map(str, self._topology.ranks_on(self._topology.host_of[rank])))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -24,6 +24,7 @@ _UNTIL_NAMED_S: Final = 1.0  # in which a rank whose call was revoked hears who 
 _NAP_S: Final = 1e-3
 # What ``mpirun --with-ft ulfm`` of Open MPI 5 sets for its ranks.
 _SWITCH: Final = "OMPI_MCA_mpi_ft_enable"
+_COLLECTIVES: Final = "OMPI_MCA_coll"
 _ON: Final = ("1", "true", "yes", "t", "y", "enabled")
 
 
@@ -40,6 +41,22 @@ def survives_losses(mpi: Any, environ: Mapping[str, str] = os.environ) -> bool:
     return (
         vendor == "Open MPI" and version >= (5,) and environ.get(_SWITCH, "").strip().lower() in _ON
     )
+
+
+def leave_out_han(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have MPI start without coll/han, where a loss is to be survived; before MPI is loaded.
+
+    In Open MPI 5.0 its collective calls across hosts succeed with wrong results when a rank dies.
+    """
+    if environ.get(_SWITCH, "").strip().lower() in _ON:
+        environ.setdefault(_COLLECTIVES, "^han")
+
+
+def uses_han(environ: Mapping[str, str] = os.environ) -> bool:
+    """Say whether MPI was started with coll/han."""
+    said = environ.get(_COLLECTIVES, "^")
+    named = "han" in said.strip().removeprefix("^").split(",")
+    return not named if said.strip().startswith("^") else named
 
 
 @final

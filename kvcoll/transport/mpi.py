@@ -35,7 +35,7 @@ from .launcher import (
 )
 from .leg import DirectLeg, Leg, LegSizes, post
 from .lifeline import LOST_CODE
-from .losses import Losses
+from .losses import Losses, leave_out_han
 from .memory import SharedMemory, share
 from .waiting import Waiting
 
@@ -68,8 +68,10 @@ def import_mpi() -> Any:
     )
     checks = must_check_before_start()
     try:
-        if checks and "mpi4py.MPI" not in sys.modules:
-            _let_import_not_start()
+        if "mpi4py.MPI" not in sys.modules:
+            leave_out_han()
+            if checks:
+                _let_import_not_start()
         from mpi4py import MPI
     except ImportError as error:
         raise MissingDependencyError(f"a distributed store needs mpi4py: {cure}") from error
