@@ -29,7 +29,7 @@ from .topology import Topology
 from .transport.alone import AloneTransport
 from .transport.contract import Transport
 from .transport.losses import uses_han
-from .watchdog import Watchdog, patrol, settled
+from .watchdog import Watchdog, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -454,10 +454,10 @@ def _leave_all() -> None:
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
-    patrol.program_ends()
+    watching.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
     on_gpus.end_all()
-    patrol.stop()
+    watching.stop()
     if not _links:
         return
     for link in _links:
@@ -492,7 +492,7 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
-    patrol.forget()
+    watching.forget()
     exiting.forget()
 
 
