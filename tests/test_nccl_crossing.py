@@ -71,7 +71,7 @@ class Way:
         mine = self.device.empty(values.size, np.float32, self.stream)
         out = self.device.empty(values.size, dtype, self.stream)
         self.gpus.write(mine, values, self.stream)
-        self.crossing.sum(mine, out, self.stream)
+        self.crossing.sum(mine, out, self.stream.record(), self.stream)
         return self.gpus.read(out, self.stream)
 
 
@@ -158,4 +158,4 @@ def test_what_fails_on_the_gpus_ends_the_wait_for_other_hosts() -> None:
     gpus.write(mine, np.zeros(4), stream)
     comm.error = "a link is down"  # type: ignore[attr-defined]
     with pytest.raises(CollectiveError, match="rank 0 of 2: NCCL: a link is down"):
-        crossing.sum(mine, mine, stream)
+        crossing.sum(mine, mine, stream.record(), stream)

@@ -54,20 +54,22 @@ class Crossing:
         self._came_up: list[Event | None] = [None] * self._n_slots
         self._passed = 0  # pieces of all segments so far
 
-    def sum(self, mine: DeviceArray, out: DeviceArray, on: Stream) -> None:
+    def sum(self, mine: DeviceArray, out: DeviceArray, ready: Event, on: Stream) -> None:
         """Sum a segment; returns when its last piece is on its way up.
 
         Parameters
         ----------
         mine : DeviceArray, shape (n,)
-            Of the dtype in which sums are taken; there once the work on `on` is done.
+            Of the dtype in which sums are taken.
         out : DeviceArray, shape (n,)
             Of the sum's dtype; may be `mine`.
+        ready : Event
+            After it `mine` is there and `out` may be written.
         on : Stream
             Work that is put on it later finds the sum in `out`.
         """
-        self._down.wait(on.record())
-        self._up.wait(on.record())
+        self._down.wait(ready)
+        self._up.wait(ready)
         step = self._leg.sizes.segment_bytes // mine.itemsize
         pieces = [(k, min(k + step, mine.size)) for k in range(0, mine.size, step)]
         first, down = self._passed, list[Event]()

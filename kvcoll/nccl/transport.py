@@ -9,22 +9,30 @@ host without any wait; what a sink gets is valid for work that it puts on that s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 
 from ..arrays import Array, DType, describe, wide
 from ..gpu.array import DeviceArray, as_any, as_device
-from ..gpu.device import Device, Gpus, Stream
+from ..gpu.device import Device, Event, Gpus, Stream
 from ..sums import Order
 from ..transport.contract import Exchange, Sink, Transport, Window
 from .crossing import Crossing
-from .exchange import Clique, Member, add
+from .exchange import Bounds, Clique, Member, add
 from .watch import Watch
 
 # Up to how many bytes of all ranks of a host every rank adds everything: one call less.
 SMALL_BYTES = 256 << 10
 _STAGED_BYTES = 4 << 20
+
+
+class _Round(NamedTuple):
+    """What is under way of one round."""
+
+    bounds: Bounds
+    of_host: DeviceArray | None  # this rank's segment, added over the ranks of the host
+    ready: Event
 
 
 @final
@@ -80,7 +88,7 @@ class GpuTransport(Transport):
         self._n_rows = max(len(ranks) for ranks in self.topology.hosts)  # alike on all hosts
         n_bytes = clique.step(self._n_rows, 1)
         of_host_bytes = 0 if crossing is None else n_bytes // clique.lanes
-        self._of_host = self.device.empty(of_host_bytes, np.uint8, self.stream)
+        self._of_host = [self.device.empty(of_host_bytes, np.uint8, self.stream) for _ in range(2)]
         self._total = self.device.empty(n_bytes, np.uint8, self.stream)
         self._staged = gpus.pinned(_STAGED_BYTES)
         self._is_open = True
@@ -191,29 +199,43 @@ class GpuTransport(Transport):
             add(self._member, self._order, rows, out)
         else:
             step = self._step(source.dtype, out.dtype)
-            for low in range(0, source.size, step):
-                self._round(source[low : low + step], out[low : low + step])
+            parts = [slice(low, low + step) for low in range(0, source.size, step)]
+            # While one round crosses, the next one is added within the host.
+            ahead = self._bring(source[parts[0]], out[parts[0]], 0)
+            for number, part in enumerate(parts, start=1):
+                now = ahead
+                if number < len(parts):
+                    after = parts[number]
+                    ahead = self._bring(source[after], out[after], number)
+                self._finish(now, out[part])
         if self._clique.size > 1:
             self._expect("all_reduce", source)
 
-    def _round(self, source: DeviceArray, out: DeviceArray) -> None:
-        """Sum what the scratch memory has room for."""
+    def _bring(self, source: DeviceArray, out: DeviceArray, number: int) -> _Round:
+        """Add this rank's segment of a round over the ranks of the host."""
         clique, member = self._clique, self._member
         bounds = clique.bounds(source.size, source.itemsize)
         here = range(clique.size)
         rows = [source if k == member.rank else None for k in here]
         segments = clique.exchange(here, rows, bounds)
+        of_host = None
         if member.rank in segments:
             low, high = bounds[member.rank]
-            mine = out[low:high]
-            if self._crossing is None:
-                add(member, self._order, segments[member.rank], mine)
-            elif high > low:
+            of_host = out[low:high]
+            if self._crossing is not None:
                 dtype = wide(out.dtype)
-                of_host = self._of_host[: mine.size * dtype.itemsize].view(dtype)
-                add(member, self._order, segments[member.rank], of_host)
-                self._crossing.sum(of_host, mine, self.stream)
-        clique.give({member.rank: out}, bounds)
+                place = self._of_host[number % 2]
+                of_host = place[: of_host.size * dtype.itemsize].view(dtype)
+            add(member, self._order, segments[member.rank], of_host)
+        return _Round(bounds, of_host, self.stream.record())
+
+    def _finish(self, now: _Round, out: DeviceArray) -> None:
+        """Sum a round's segments over the hosts, and give them to all ranks."""
+        rank = self._member.rank
+        if self._crossing is not None and now.of_host is not None and now.of_host.size:
+            low, high = now.bounds[rank]
+            self._crossing.sum(now.of_host, out[low:high], now.ready, self.stream)
+        self._clique.give({rank: out}, now.bounds)
 
     def _is_small(self, source: DeviceArray) -> bool:
         """Say whether every rank of the one host adds everything."""
