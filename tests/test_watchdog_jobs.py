@@ -171,9 +171,9 @@ else:
 kv.push("a", one)
 """
     job = run(mpirun, tmp_path, body)
-    assert job.returncode == EXIT_CODE == 75, job.stderr
+    assert job.returncode == EXIT_CODE == 89, job.stderr
     texts = reports(job)
-    assert in_one(texts, "The job ends here, with exit code 75")
+    assert in_one(texts, "The job ends here, with exit code 89")
     assert in_one(texts, *said), job.stderr
 
 
@@ -263,7 +263,7 @@ kv.push("w", one)
     assert not job.timed_out
     assert job.returncode == EXIT_CODE
     assert in_one(
-        reports(job), "rank 0 has waited", "which rank is late cannot be asked", "code 75"
+        reports(job), "rank 0 has waited", "which rank is late cannot be asked", "code 89"
     )
 
 
