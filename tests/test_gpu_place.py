@@ -125,4 +125,4 @@ def test_an_optimizer_that_is_no_kernel_says_so_once(place: GpuPlace) -> None:
         place.update(Odd(), [Update(*ours, [], Step(0.1, 0.0, 1))])
     place.update(Odd(), [Update(*ours, [], Step(0.1, 0.0, 2))])
     expected = (weight - np.exp(grad)) - np.exp(grad)
-    assert got(place, ours[0]).tolist() == expected.tolist()
+    np.testing.assert_allclose(got(place, ours[0]), expected, rtol=1e-6)  # exp has no one answer
