@@ -108,6 +108,8 @@ def test_the_files_are_read_as_they_are_written() -> None:
 
 def test_every_name_of_cupys_that_is_used_is_there(cupy: Any) -> None:
     for name, _ in names_in_files():
+        if name.startswith("cuda.nccl.") and not cupy.cuda.nccl.available:
+            continue  # without the library CuPy's module is all but empty
         found: Any = cupy
         for part in name.split("."):
             if part in SET_BY_INIT:
