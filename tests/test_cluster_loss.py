@@ -12,7 +12,7 @@ import pytest
 from cluster.hosts import CHECKOUT, OF_CROWDED_CORES, Hosts, environment_of, pretend_hosts
 from mpi_job import Job, clean_environment, is_open_mpi, own_mpirun, why_no_ft
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(150), pytest.mark.long]
+pytestmark = [pytest.mark.single, pytest.mark.limit(240), pytest.mark.long]
 
 TRAIN: Final = CHECKOUT / "scripts/train.py"
 FT: Final = ("--with-ft", "ulfm")
@@ -142,7 +142,7 @@ def test_when_a_host_is_lost_the_job_ends_and_resume_goes_on(
     arguments = [str(TRAIN), "--checkpoint", str(run), "--epochs"]
 
     def ready() -> bool:
-        return (run / "00000002" / "manifest.json").exists()
+        return (run / "00000001" / "manifest.json").exists()
 
     def lose() -> None:
         if what == "cable":
