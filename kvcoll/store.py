@@ -1094,7 +1094,8 @@ KeyKindError, ArrayError
         ``'dist_async'`` a push is applied wholly or not at all. Replicas that are ahead of the
         earliest whole one, or not whole, are copied from it, with the optimizer's states; the
         states of a user's own updater are the user's. What gradient compression has left over
-        stays each rank's own, and that of lost ranks is lost. A key whose `init` was not
+        stays each rank's own, codes of the interrupted push being taken as sent; that of lost
+        ranks is lost. A key whose `init` was not
         complete on all ranks is in none any more. A checkpoint under way comes to nothing.
         A further loss meanwhile is survived, too. Cost: some 10 ms and, where a replica must be
         copied, MPI_Bcast of values and states. MPI_Comm_revoke, _shrink, _agree (ULFM).
