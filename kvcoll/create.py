@@ -28,7 +28,7 @@ from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
 from .transport.losses import uses_han
-from .watchdog import Watchdog, patrol, settled
+from .watchdog import Watchdog, settled
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -407,9 +407,9 @@ def _leave_all() -> None:
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
-    patrol.program_ends()
+    watching.program_ends()
     farewell.finish([_leave(link.ranks, why) for link in in_use])
-    patrol.stop()
+    watching.stop()
     if not _links:
         return
     for link in _links:
@@ -444,7 +444,7 @@ def _forget_all() -> None:
     _world.clear()
     _open_stores.clear()
     farewell.forget()
-    patrol.forget()
+    watching.forget()
     exiting.forget()
 
 

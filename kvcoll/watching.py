@@ -1,4 +1,7 @@
-"""Having stores watched: what the watchdog sees of each, from when it is made."""
+"""Having stores watched: what the watchdog sees of each, from when it is made until it ends.
+
+Rule of the file: who makes no distributed store loads no watchdog.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ from weakref import WeakKeyDictionary, ref
 
 from .agreement import AcrossRanks
 from .recovery import Link
-from .watchdog import Track, Watchdog, Watched, patrol
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from .store import KVStore
+    from .watchdog.track import Track
 
 _LIMIT_S = 300.0
 
+_has_begun = False
 _settings: WeakKeyDictionary[KVStore, Watchdog | None] = WeakKeyDictionary()
 
 
@@ -42,6 +47,11 @@ def begin(
     lasts : bool
         Whether the link stays when its stores are closed.
     """
+    from .watchdog import patrol
+    from .watchdog.track import Track, Watched
+
+    global _has_begun
+    _has_begun = True
     _settings[store] = settings
     is_beside = ranks is not link.ranks
     track = patrol.track_of(ranks)
@@ -76,7 +86,32 @@ def go_on(store: KVStore, link: Link, ranks: AcrossRanks, *, number: int, lasts:
 
 def _watch(link: Link, track: Track) -> None:
     from .transport import mpi
+    from .watchdog import patrol
 
     duplicate = partial(mpi.duplicate, link.comm, _LIMIT_S) if mpi.allows_threads() else None
     with link.losses:
         patrol.watch(link.comm, link.losses, track, duplicate, mpi.import_mpi())
+
+
+def program_ends() -> None:
+    """Tell those who ask that this rank's program has come to its end."""
+    if _has_begun:
+        from .watchdog import patrol
+
+        patrol.program_ends()
+
+
+def stop() -> None:
+    """Look no more: MPI is about to end."""
+    if _has_begun:
+        from .watchdog import patrol
+
+        patrol.stop()
+
+
+def forget() -> None:
+    """Have no watchdog: in a child made by fork it is its parent's."""
+    if _has_begun:
+        from .watchdog import patrol
+
+        patrol.forget()

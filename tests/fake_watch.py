@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Final, final
 
 from kvcoll.agreement import AcrossRanks, Call
-from kvcoll.watchdog import Track, Watchdog, Watched
+from kvcoll.watchdog import Watchdog
 from kvcoll.watchdog.post import Message, Post
 from kvcoll.watchdog.processes import Place, Seen
 from kvcoll.watchdog.station import Station
+from kvcoll.watchdog.track import Track, Watched
 
 LOOK_S: Final = 0.25
 SETTINGS: Final = Watchdog(floor_s=5, ceiling_s=10, limit_s=60)

@@ -19,12 +19,12 @@ from fake_messenger import call, fake_messengers, finished
 import kvcoll
 from kvcoll.agreement import AcrossRanks, Call
 from kvcoll.transport import mpi
-from kvcoll.watchdog import Track, Watchdog, Watched, patrol
+from kvcoll.watchdog import Watchdog, patrol
 from kvcoll.watchdog.held import HeldStack, main_stack, read_stack
 from kvcoll.watchdog.post import MpiPost, introduce
 from kvcoll.watchdog.processes import Place, look_at, own_place
 from kvcoll.watchdog.stacks import stack_of
-from kvcoll.watchdog.track import ENDS, INSIDE, LEFT, OUTSIDE, UPDATES, WAITS
+from kvcoll.watchdog.track import ENDS, INSIDE, LEFT, OUTSIDE, UPDATES, WAITS, Track, Watched
 
 if TYPE_CHECKING:
     from mpi4py import MPI

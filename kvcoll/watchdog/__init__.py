@@ -1,7 +1,8 @@
-"""Who keeps the others waiting, and where: said while they wait, raised if it takes too long."""
+"""Who keeps the others waiting, and where: said while they wait, raised if it takes too long.
 
-from .patrol import EXIT_CODE
-from .settings import Watchdog, settled
-from .track import Track, Watched
+What is needed before there is a distributed store is here; the rest is loaded with the first one.
+"""
 
-__all__ = ["EXIT_CODE", "Track", "Watchdog", "Watched", "settled"]
+from .settings import EXIT_CODE, Watchdog, settled
+
+__all__ = ["EXIT_CODE", "Watchdog", "settled"]

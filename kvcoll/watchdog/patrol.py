@@ -23,15 +23,13 @@ from ..transport.losses import Losses
 from .held import NO_FILE, HeldStack
 from .post import MpiPost, NoPost, Post, introduce
 from .processes import own_place
+from .settings import EXIT_CODE
 from .stacks import stack_of
 from .station import Station
 from .track import Position, Track
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-EXIT_CODE: Final = 75
-"""With which a job ends whose ranks have waited for longer than `Watchdog.limit_s`."""
 
 _MOST_S: Final = 1.0  # that a look counts: a process that was stopped has not waited
 _TO_END_S: Final = 2.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -65,7 +64,7 @@ class Seen:
 def own_place(world_rank: int, file: int = NO_FILE) -> Place:
     """Say where this process is."""
     pid = os.getpid()
-    return Place(socket.gethostname(), pid, int(_stat(pid)[_STARTED]), world_rank, file)
+    return Place(os.uname().nodename, pid, int(_stat(pid)[_STARTED]), world_rank, file)
 
 
 def look_at(place: Place) -> Seen:

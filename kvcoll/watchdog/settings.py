@@ -12,6 +12,8 @@ from ..errors import ArgumentError
 FLOOR_S: Final = 60.0
 CEILING_S: Final = 300.0
 LIMIT_S: Final = 1800.0
+EXIT_CODE: Final = 75
+"""With which a job ends whose ranks have waited for longer than `Watchdog.limit_s`."""
 
 _SWITCH: Final = "KVCOLL_WATCHDOG"
 _OF_FLOOR, _OF_CEILING, _OF_LIMIT = (
