@@ -4,7 +4,7 @@ MXNet's KVStore, rebuilt: ``create`` a store, ``init`` keys, ``push`` gradients,
 are summed over devices and ranks and update each rank's replica, and ``pull`` values.
 """
 
-from . import errors, lr_scheduler, optimizer, testing
+from . import errors, lr_scheduler, optimizer
 from ._version import __version__
 from .base import KVStoreBase
 from .checkpoint import Checkpoint, load
@@ -27,5 +27,4 @@ __all__ = [
     "load",
     "lr_scheduler",
     "optimizer",
-    "testing",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import exiting, farewell, on_gpus, testing, watching
+from . import exiting, farewell, on_gpus, watching
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
@@ -45,6 +45,7 @@ _ASYNCS = (_ASYNC, "dist_async_device")
 _DISTRIBUTED = ("dist", "dist_sync", *_ON_GPUS, *_ASYNCS)
 _CREATE_LIMIT_S = 300.0
 _ALWAYS = "always"
+_FAULTS = "KVCOLL_FAULTS"
 _NEEDS_THREADS = (
     "overlap and 'dist_async' need an MPI that several threads may call (MPI_THREAD_MULTIPLE): "
     "leave mpi4py.rc.thread_level as it is before mpi4py.MPI is imported, or take 'dist_sync'"
@@ -248,7 +249,7 @@ def create(
         return _distributed(kind, comm, options, create_limit_s)
     if comm is not None:
         raise ArgumentError(f"a {kind!r} store is one process: comm goes with 'dist_sync'")
-    testing.arm(os.environ)
+    _set_faults()
     borders: Callable[[object], GpuBorder | None] | None = None
     if kind == _NCCL:
         on_gpus.find()  # what is missing is said here, not at the first init
@@ -327,6 +328,14 @@ class _Options:
         return self.overlap == _ALWAYS or (bool(self.overlap) and topology.num_hosts > 1)
 
 
+def _set_faults() -> None:
+    """Set the faults that the environment asks for; see `testing`."""
+    if _FAULTS in os.environ:
+        from . import testing  # which few need, and `import kvcoll` shall not take its time
+
+        testing.arm(os.environ)
+
+
 def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVStore:
     from .transport import mpi
 
@@ -334,7 +343,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
     call, settings = options.settled(link.ranks)
     try:
-        testing.arm(os.environ)
+        _set_faults()
     except ArgumentError as error:
         link.ranks.refuse(call.name, error)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)

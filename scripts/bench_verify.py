@@ -3,8 +3,8 @@
 
     mpirun -n 2 python scripts/bench_verify.py [--json FILE]
 
-Rules of the file: medians over calls that all ranks begin together; pushes with and without are
-taken in turn, since a shared machine has good and bad minutes.
+Rules of the file: the quickest and the median of calls that all ranks begin together; pushes with
+and without are taken in turn, since a shared machine has good and bad minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,6 +27,8 @@ from bench_cases import resnet50_shapes
 
 import kvcoll
 from kvcoll import fingerprint
+
+Times: TypeAlias = "tuple[float, float]"  # the quickest and the median, in ms
 
 _CALLS: Final = 31
 _SIZES: Final = (1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
@@ -40,27 +42,32 @@ def main() -> int:
     with kvcoll.create("dist_sync") as sync:
         ms = {**_of_fingerprints(sync), **_of_resnet50(sync), **_of_small_pushes(sync)}
         if sync.rank == 0:
-            for name, figure in ms.items():
-                print(f"{name:52} {figure:10.4f} ms")
+            print(f"{'in ms':48} {'quickest':>10} {'median':>10}")
+            for name, (quickest, median) in ms.items():
+                print(f"{name:48} {quickest:10.4f} {median:10.4f}")
             if args.json is not None:
-                about = {"ranks": sync.num_workers, "numpy": np.__version__, "ms": ms}
+                about = {
+                    "ranks": sync.num_workers,
+                    "numpy": np.__version__,
+                    "load": os.getloadavg()[0],
+                    "ms": ms,
+                }
                 args.json.write_text(json.dumps(about, indent=1) + "\n")
     return 0
 
 
-def _of_fingerprints(sync: kvcoll.KVStore) -> dict[str, float]:
-    """Take fingerprints of one array over and over, on rank 0 alone; the quickest counts."""
+def _of_fingerprints(sync: kvcoll.KVStore) -> dict[str, Times]:
+    """Take fingerprints of one array over and over, on rank 0 alone."""
     found = {}
     for n_bytes in _SIZES if sync.rank == 0 else ():
         array = np.random.default_rng(0).integers(0, 2**64, n_bytes // 8, np.uint64)
         times = [_once(partial(fingerprint.of, array)) for _ in range(_CALLS)]
-        found[f"fingerprint of {n_bytes} bytes"] = min(times)
-        found[f"fingerprint of {n_bytes} bytes, median"] = float(np.median(times))
+        found[f"fingerprint of {n_bytes} bytes"] = _times(times)
     sync.barrier()
     return found
 
 
-def _of_resnet50(sync: kvcoll.KVStore) -> dict[str, float]:
+def _of_resnet50(sync: kvcoll.KVStore) -> dict[str, Times]:
     shapes = resnet50_shapes()
     keys = [f"p{k}" for k in range(len(shapes))]
     values = [np.full(shape, 0.1, np.float32) for shape in shapes]
@@ -82,7 +89,7 @@ def _of_resnet50(sync: kvcoll.KVStore) -> dict[str, float]:
         return _in_turn(sync, calls)
 
 
-def _of_small_pushes(sync: kvcoll.KVStore) -> dict[str, float]:
+def _of_small_pushes(sync: kvcoll.KVStore) -> dict[str, Times]:
     one = np.ones(1000, np.float32)
     with ExitStack() as stack:
         calls: dict[str, Callable[[], object]] = {}
@@ -99,8 +106,8 @@ def _of_small_pushes(sync: kvcoll.KVStore) -> dict[str, float]:
         return _in_turn(sync, calls)
 
 
-def _in_turn(sync: kvcoll.KVStore, calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Give the median of each call, in ms."""
+def _in_turn(sync: kvcoll.KVStore, calls: dict[str, Callable[[], Any]]) -> dict[str, Times]:
+    """Time calls in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(_CALLS + 2):
         for name, call in calls.items():
@@ -108,7 +115,11 @@ def _in_turn(sync: kvcoll.KVStore, calls: dict[str, Callable[[], Any]]) -> dict[
             took = _once(call)
             if turn >= 2:  # the first ones touch memory for the first time
                 times[name].append(took)
-    return {name: float(np.median(taken)) for name, taken in times.items()}
+    return {name: _times(taken) for name, taken in times.items()}
+
+
+def _times(taken: list[float]) -> Times:
+    return min(taken), float(np.median(taken))
 
 
 def _once(call: Callable[[], Any]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -109,8 +110,6 @@ class Stop(Fault):
 
     def before(self, push: Push, value: Any) -> tuple[Any, bool]:
         """Let another process wake this one, again and again until it has awoken; then stop."""
-        import subprocess  # here, as `import kvcoll` shall not take its time
-
         waking = _WAKING.format(seconds=self.seconds, pid=os.getpid())
         with subprocess.Popen(["/bin/sh", "-c", waking], start_new_session=True) as waker:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -290,8 +289,6 @@ class Cut(Fault):
 
     def before(self, push: Push, value: Any) -> tuple[Any, bool]:
         """Run it."""
-        import subprocess
-
         subprocess.run(shlex.split(self.command), check=True, timeout=60)
         return value, True
 
