@@ -283,9 +283,9 @@ def test_each_rank_learns_where_all_are(comm: MPI.Intracomm, rank: int, size: in
 def test_stores_of_the_same_ranks_have_one_watchdog_and_those_of_others_another(
     comm: MPI.Intracomm, rank: int, size: int
 ) -> None:
-    def watchdogs_of(ranks: MPI.Intracomm) -> int:
+    def watchdogs_of(ranks: MPI.Comm) -> int:
         group, identical = ranks.Get_group(), mpi.import_mpi().IDENT
-        return sum(group.Compare(one.group, group) == identical for one in patrol._watches)
+        return sum(one.group.Compare(group) == identical for one in patrol._watches)
 
     again, turned = comm.Dup(), comm.Split(0, -rank)
     with kvcoll.create("dist_sync"):
