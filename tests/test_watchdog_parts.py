@@ -283,18 +283,23 @@ def test_each_rank_learns_where_all_are(comm: MPI.Intracomm, rank: int, size: in
 def test_stores_of_the_same_ranks_have_one_watchdog_and_those_of_others_another(
     comm: MPI.Intracomm, rank: int, size: int
 ) -> None:
+    def watchdogs_of(ranks: MPI.Comm) -> int:
+        group, identical = ranks.Get_group(), mpi.import_mpi().IDENT
+        return sum(one.group.Compare(group) == identical for one in patrol._watches)
+
+    again, turned = comm.Dup(), comm.Split(0, -rank)
     with kvcoll.create("dist_sync"):
+        assert watchdogs_of(comm) == 1
         before = len(patrol._watches)
-        again = comm.Dup()
-        turned = comm.Split(0, -rank)
         with kvcoll.create("dist_sync", comm=again):
-            assert len(patrol._watches) == before
+            assert watchdogs_of(again) == 1
         with kvcoll.create("dist_sync", comm=turned, watchdog=False):
             assert len(patrol._watches) == before
-        with kvcoll.create("dist_sync", comm=turned):
-            assert len(patrol._watches) == before + 1
+        for _ in range(2):
+            with kvcoll.create("dist_sync", comm=turned):
+                assert watchdogs_of(turned) == 1
         threads = [thread.name for thread in threading.enumerate()]
         assert threads.count("kvcoll-watchdog") == 1
         comm.Barrier()
-        again.Free()
-        turned.Free()
+    again.Free()
+    turned.Free()
