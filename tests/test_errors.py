@@ -34,6 +34,8 @@ BUILTIN_OF: dict[type[KVCollError], type[Exception]] = {
     errors.BrokenMPIError: RuntimeError,
     errors.StoreClosedError: RuntimeError,
     errors.ThreadError: RuntimeError,
+    errors.DeviceError: RuntimeError,
+    errors.CollectiveError: RuntimeError,
     errors.MissingDependencyError: ImportError,
     errors.LaunchError: RuntimeError,
     errors.NoOptimizerError: RuntimeError,

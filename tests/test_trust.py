@@ -30,6 +30,8 @@ OF_COMMUNICATORS = {
 }
 ALSO_OF_OTHERS = {"send", "recv", "reduce", "gather", "scatter", "scan", "pack"}
 COMMUNICATORS = ("comm", "world", "host")  # how they are named here
+# Their communicators are NCCL's, which move memory as it is, and mpi4py is imported elsewhere.
+OF_NCCL = {"cuda/nccl.py", "nccl/exchange.py"}
 
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -61,7 +63,9 @@ def suspects(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.single
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_unpickles_or_runs_what_others_wrote(name: str) -> None:
-    assert list(suspects(ast.parse(FILES[name].read_text()))) == []
+    found = list(suspects(ast.parse(FILES[name].read_text())))
+    of_nccl = ("comm.send", "comm.recv") if name in OF_NCCL else ()
+    assert [one for one in found if one.lstrip("_") not in of_nccl] == []
 
 
 HOSTILE = [
