@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,3 +237,16 @@ def test_two_stores_closed_in_another_order_on_one_rank_are_an_error(comm: Any, 
     for kv in stores:
         kv.close()
     assert all(kv.closed for kv in stores)
+
+
+@pytest.mark.limit(20)
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_a_closed_store_gives_its_memory_back_once_another_is_made(comm: Any, kind: str) -> None:
+    first = kvcoll.create(kind)
+    first.init(3, f32(1))
+    first.close()
+    closed = weakref.ref(first)
+    del first
+    with kvcoll.create(kind):
+        gc.collect()
+        assert closed() is None

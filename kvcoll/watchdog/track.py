@@ -140,7 +140,7 @@ class Track:
 
     def add(self, store: Watched) -> None:
         """Watch one more store; called in the thread of `create`."""
-        self._stores.append(store)
+        self._stores = [*(one for one in self._stores if not one.is_closed()), store]
         self._had_stores = True
         if store.settings is not None:
             self._default = store.settings
