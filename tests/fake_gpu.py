@@ -193,6 +193,7 @@ class FakeGpus(Gpus):
         self._uploads: list[_Upload] = []
         self._n_streams = 0
         self._ticker: threading.Thread | None = None
+        self.is_finished = False
         self.failure: Exception | None = None  # of a device: all that waits raises it
         self.broken: list[str] = []
         self.launches: list[str] = []  # what was put on streams, in this order
@@ -267,6 +268,7 @@ class FakeGpus(Gpus):
     def finish(self) -> None:
         """Check that all has come to its end and that no rule was broken."""
         self.wait_for(self._queue[-1] if self._queue else None)
+        self.is_finished = True
         with self._lock:
             for upload in self._uploads:
                 self._compare(upload)
@@ -344,7 +346,7 @@ class FakeGpus(Gpus):
         if self._ticker is None:
 
             def tick(gpus: Callable[[], FakeGpus | None]) -> None:
-                while (own := gpus()) is not None:
+                while (own := gpus()) is not None and not own.is_finished:
                     own.pump()
                     del own
                     time.sleep(0.001)

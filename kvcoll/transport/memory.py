@@ -9,6 +9,7 @@ child made by fork writes, no rank sees.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import secrets
@@ -26,8 +27,11 @@ _WHERE = struct.Struct(f"<qq{_TOKEN_BYTES}s")
 _NOWHERE = -1
 _MAP_FIXED = 0x10
 
-# Of each mapping of this process its address, its length, and the file that it shows.
-_mapped: dict[int, tuple[int, int]] = {}
+# Of each mapping of this process its address, its length, and the file that it shows. By a number
+# of their own: an address may be another mapping's before the last one there is forgotten, as
+# memory is given back in whichever thread collects garbage.
+_mapped: dict[int, tuple[int, int, int]] = {}
+_numbers = itertools.count()
 
 
 @final
@@ -55,8 +59,9 @@ class SharedMemory:
             raise
         self.raw: Array = np.frombuffer(mapping, np.uint8)
         address = self.raw.ctypes.data
-        _mapped[address] = n_bytes, descriptor
-        weakref.finalize(mapping, _forget, address).atexit = False
+        number = next(_numbers)
+        _mapped[number] = address, n_bytes, descriptor
+        weakref.finalize(mapping, _forget, number).atexit = False
 
 
 def share(
@@ -126,8 +131,8 @@ def _map(made: int | None, path: str, n_bytes: int, token: bytes) -> SharedMemor
     return memory if memory.raw[:_TOKEN_BYTES].tobytes() == token else None
 
 
-def _forget(address: int) -> None:
-    os.close(_mapped.pop(address)[1])
+def _forget(number: int) -> None:
+    os.close(_mapped.pop(number)[2])
 
 
 def _part() -> None:
@@ -136,7 +141,7 @@ def _part() -> None:
     map_again.restype = ctypes.c_void_p
     map_again.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-    for address, (n_bytes, descriptor) in _mapped.items():
+    for address, n_bytes, descriptor in _mapped.values():
         if map_again(address, n_bytes, protection, flags, descriptor, 0) != address:
             raise OSError(ctypes.get_errno(), "memory is shared with a child made by fork")
 
