@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcoll.transport import memory
 from kvcoll.transport.memory import SharedMemory
 
 pytestmark = pytest.mark.single
@@ -32,7 +31,7 @@ def test_memory_at_an_address_that_another_has_just_left_keeps_its_file(
         return shown
 
     # As where another thread maps before the one that unmaps has come to forget.
-    monkeypatch.setattr(memory.np, "frombuffer", at_one_address)
+    monkeypatch.setattr("kvcoll.transport.memory.np.frombuffer", at_one_address)
     first, second = file_of(4096), file_of(4096)
     kept = [SharedMemory(first, 4096), SharedMemory(second, 4096)]
     assert len(kept) == 2
