@@ -1504,28 +1504,40 @@ KeyKindError, ArrayError
         self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
     ) -> list[Any]:
         """Push where faults wait, which may change it."""
-        push = faults.Push(self._created_rank, self._version + 1, key)
+        at_host = as_array if self._border is None else self._border.user_at_host
+        push = faults.Push(self._created_rank, self._version + 1, key, at_host)
         value, is_made = armed.before_push(push, value)
         outputs = self._push(key, value, priority, out, spared=True) if is_made else []
         armed.after_push(push, self._stored)
         return outputs
 
-    def _stored(self, key: Key) -> list[Array]:
-        """Give a key's value and states, once no push waits; for faults."""
+    @contextmanager
+    def _stored(self, key: Key) -> Iterator[list[Array]]:
+        """Show a key's value and states on the host, to be changed, once no push waits: faults."""
         self._launch.drain()
-        entry, updater = self._replica.entries[key], self._updater
+        entry, updater, home = self._replica.entries[key], self._updater, self._engine.home
+        own = [entry.flat]
         if isinstance(updater, Optimize) and key in updater.counts():
-            return [entry.flat, *updater.states_of(entry)]
-        return [entry.flat]
+            own += updater.states_of(entry)
+        shown = [home.at_host(array) for array in own]
+        yield shown
+        for array, changed in zip(own, shown, strict=True):
+            if changed is not array:
+                home.copy(changed, array)
 
     def _verify(self, repair: str | None) -> str:
         with self._checked(verify.NAME):
             repairs = verify.check_repair(repair)
+            if self._border is not None:
+                self._border.begin()
             updater, version = self._updater, self._version
             parts = verify.parts_of(self._replica.entries.values(), updater)
             prints = {part.name: part.fingerprint() for part in parts}
         with self._launch.reading:
-            return self._verifier.compare(parts, prints, updater, version, repair=repairs)
+            whole = self._verifier.compare(parts, prints, updater, version, repair=repairs)
+        if self._border is not None:
+            self._border.end()
+        return whole
 
     def _plan(self, key: Any) -> _Plan:
         """Check and plan a key or a list of keys, once for each list."""
