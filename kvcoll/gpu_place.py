@@ -94,6 +94,10 @@ class GpuPlace(Place):
         self._told: set[type[Optimizer]] = set()
         self.sums: SumsOverGpus | None = None
 
+    def follow(self, patience: Patience) -> None:
+        """Wait in another way from now on, as other ranks are waited for."""
+        self.patience = self._staging.patience = patience
+
     # Memory -----------------------------------------------------------------------
 
     def check(self, spec: Spec) -> None:

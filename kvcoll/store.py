@@ -64,6 +64,8 @@ from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
 
 if TYPE_CHECKING:
     from .gpu_border import GpuBorder  # loads what only GPUs need
+    from .topology import Topology
+    from .transport.losses import Losses
 
 _NO_OUTPUT = object()
 _NO_VALUE = object()
@@ -158,8 +160,6 @@ class KVStore(KVStoreBase):
         Brings all stores that share the ranks, this one included, to those that are left.
     border : GpuBorder, optional
         Of a store whose values lie on a GPU: the transport is one for arrays there.
-    host_transport : Transport, optional
-        Then, for what comes from files; by default the same.
     borders : callable, optional
         Of a store in one process: gives for the first value of `init` the border of the GPU
         on which it lies, or None.
@@ -178,11 +178,10 @@ class KVStore(KVStoreBase):
         apart: bool = False,
         recovering: Callable[[], None] | None = None,
         border: GpuBorder | None = None,
-        host_transport: Transport | None = None,
         borders: Callable[[object], GpuBorder | None] | None = None,
     ) -> None:
         self._type = type_
-        self._transport = transport if host_transport is None else host_transport
+        self._transport = transport.for_host
         self._sums = transport
         self._topology = transport.topology
         self._created_rank = transport.topology.rank  # faults go by it, also once ranks were lost
@@ -1490,11 +1489,15 @@ KeyKindError, ArrayError
             call = self._launch.reserve(push, updater, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._refuse("push()", error)
-        self._launch.push(
-            push, values, updater, call, plain=not is_own, priority=priority, rows=ready
-        )
-        if self._border is not None and not outputs:
-            self._border.end()
+        is_complete = False
+        try:
+            self._launch.push(
+                push, values, updater, call, plain=not is_own, priority=priority, rows=ready
+            )
+            is_complete = True
+        finally:  # the user may let go of what a push that has failed still reads, too
+            if self._border is not None and not (is_complete and outputs):
+                self._border.end()
         self._version += 1
         if self._verify_every and self._version % self._verify_every == 0:
             self._verify(None)
@@ -1589,19 +1592,35 @@ class Survivor(Recoverable):
     ----------
     store : KVStore
     number : int
-    tree, patient, is_late : bool
+    joining : callable
+        See `Recoverable.join`.
+    is_late : bool
         See `Recoverable`.
     """
 
     def __init__(
-        self, store: KVStore, number: int, *, tree: bool, patient: bool, is_late: bool
+        self,
+        store: KVStore,
+        number: int,
+        joining: Callable[[Any, Topology, Losses], tuple[Transport, Callable[[], None]]],
+        *,
+        is_late: bool,
     ) -> None:
-        self.store = store
-        self.number, self.tree, self.patient, self.is_late = number, tree, patient, is_late
+        self.store, self._joining = store, joining
+        self.number, self.is_late = number, is_late
 
     def interrupt(self) -> None:
-        """End what runs behind its caller."""
-        self.store._launch.interrupt()
+        """End what runs behind its caller; on a GPU a push that has returned may be cut short."""
+        store, engine = self.store, self.store._engine
+        store._launch.interrupt()
+        if store._sums.was_cut() and not engine.apart:  # where sums are complete before updates
+            engine.is_whole = False
+
+    def join(
+        self, comm: Any, topology: Topology, losses: Losses
+    ) -> tuple[Transport, Callable[[], None]]:
+        """Leave it to who has made the store."""
+        return self._joining(comm, topology, losses)
 
     def standing(self) -> Standing:
         """Ask the engine."""
@@ -1622,7 +1641,8 @@ class Survivor(Recoverable):
         store._plans.clear()
         store._engine.is_whole = is_source
         states = store._updater.level(json.loads(told), entries)
-        return joined([*(entry.flat for entry in entries.values()), *states])
+        arrays = [*(entry.flat for entry in entries.values()), *states]
+        return joined(arrays) if store._border is None else arrays
 
     def levelled(self, standing: Standing) -> None:
         """Count as the source does."""
@@ -1637,10 +1657,11 @@ class Survivor(Recoverable):
 
         def commit() -> None:
             move()
-            store._transport, store._topology, store._agreement = transport, topology, agreement
+            store._sums, store._transport = transport, transport.for_host
+            store._topology, store._agreement = topology, agreement
             store._launch.move(topology, agreement)
-            store._checkpoints.move(transport, agreement)
-            store._verifier.move(transport, agreement)
+            store._checkpoints.move(transport.for_host, agreement)
+            store._verifier.move(transport.for_host, agreement)
             store._version = store._engine.version
 
         return commit
