@@ -149,6 +149,8 @@ class Joining:
 
     def __init__(self, *, tree: bool, limit_s: float) -> None:
         self._tree, self._limit_s = tree, limit_s
+        # Kept until it takes over, or the alarm of an attempt that comes to nothing aborts it.
+        self._tried: GpuTransport | None = None
 
     def join(self, comm: MPI.Intracomm, topology: Topology, losses: Losses) -> None:
         """Make the transport over the ranks' GPUs, and this rank's border; collective.
@@ -178,11 +180,11 @@ class Joining:
             Lets it take the place of the one of before.
         """
         home = self.transport.device, self.transport.stream
-        made = self._made(comm, topology, losses, home)
+        made = self._tried = self._made(comm, topology, losses, home)
 
         def take_over() -> None:
             self.transport.end()
-            self.transport = made
+            self.transport, self._tried = made, None
             self.border.place.follow(made.watch)
 
         return made, take_over

@@ -273,8 +273,11 @@ class _Attempt:
             self.error, bits = error, _CAME_THROUGH
         if bits != _CAME_THROUGH | _WELL:
             # Whoever waits in a call of this attempt comes out: it will not be completed.
-            self._losses.alarm.sound(WaitEndedError("recover() has not come through"))
-        return mpi.agree(self._comm, bits)
+            self._losses.alarm.sound(_not_through())
+        agreed = mpi.agree(self._comm, bits)
+        if agreed != _CAME_THROUGH | _WELL:
+            self._losses.alarm.sound(_not_through())  # what it has made on GPUs is let go of
+        return agreed
 
     def commit(self) -> None:
         """Go on with what is left."""
@@ -312,6 +315,10 @@ class _Attempt:
             self._commits.append(take_over)
         link_moves = partial(link.move, comm, topology, ranks, losses)
         self._commits += [link_moves, partial(link.count, n_made)]
+
+
+def _not_through() -> WaitEndedError:
+    return WaitEndedError("recover() has not come through")
 
 
 def late_ranks(

@@ -211,3 +211,35 @@ well(kv)
 """,
     )
     assert said == ["well 0", "well 2", "well 3"]
+
+
+@pytest.mark.parametrize("where", ["FakeNccl.init_rank", "FakeCommunicator.broadcast"])
+def test_a_rank_that_dies_while_the_gpus_are_joined_is_left_behind_too(
+    mpirun: RunJob, tmp_path: Path, where: str
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        4,
+        f"""
+kv = store("adam", elastic=True)
+for _ in range(3):
+    push(kv)
+kv.wait()
+before = kv.verify()
+if rank == 2:
+    kv._engine.is_whole = False  # so that there is something to copy
+if rank == 1:
+    die()
+if rank == 3:
+    {where} = lambda *ignored: die()
+until_lost(lambda: push(kv))
+assert kv.recover() == 3
+assert kv.num_workers == 2
+assert kv.verify() == before
+push(kv)
+assert kv.verify() != before
+well(kv)
+""",
+    )
+    assert said == ["well 0", "well 2"]

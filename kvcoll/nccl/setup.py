@@ -187,7 +187,7 @@ def _join(
     return _on_all(messenger, init, undo=lambda made: made.abort())
 
 
-def _within(limit_s: float, alarm: Alarm, make: Callable[[], T]) -> T:
+def _within(limit_s: float, alarm: Alarm, make: Callable[[], Communicator]) -> Communicator:
     """Wait for a call that waits for others, but not for ever.
 
     Raises
@@ -195,24 +195,35 @@ def _within(limit_s: float, alarm: Alarm, make: Callable[[], T]) -> T:
     WaitEndedError
         One of the others is lost.
     CollectiveError
-        It has not come back in time; the thread that waits in it stays behind.
+        It has not come back in time; the thread that waits in it stays behind, and aborts what
+        it may still get.
     """
-    made: list[T] = []
+    made: list[Communicator] = []
     errors: list[Exception] = []
+    lock, is_awaited = threading.Lock(), [True]
 
     def run() -> None:
         try:
-            made.append(make())
+            one = make()
         except Exception as error:  # told by the thread that waits for this one
             errors.append(error)
+            return
+        with lock:
+            made.extend([one] if is_awaited else [])
+        if not made:
+            one.abort()
 
     thread = threading.Thread(target=run, name="kvcoll-nccl-init", daemon=True)
     thread.start()
     end = time.monotonic() + limit_s
-    thread.join(_LOOK_EVERY_S)
-    while thread.is_alive() and time.monotonic() < end:
-        alarm.check()
-        thread.join(min(_LOOK_EVERY_S, max(0.0, end - time.monotonic())))
+    try:
+        while thread.is_alive() and time.monotonic() < end:
+            thread.join(_LOOK_EVERY_S)
+            if thread.is_alive():
+                alarm.check()
+    finally:
+        with lock:
+            is_awaited.clear()
     if errors:
         raise errors[0]
     if not made:
