@@ -162,7 +162,8 @@ def create(
     elastic : bool, default False
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
-        stored value is touched. Without, a loss in the midst of a sum needs a checkpoint.
+        stored value is touched. Without, a loss in the midst of a sum needs a checkpoint. On
+        GPUs each push waits for its sum then.
     watchdog : bool or Watchdog, default True
         Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
         call waits for other ranks for very long; raise `LateRankError`, or end the job, after

@@ -1175,7 +1175,10 @@ KeyKindError, ArrayError
         states of a user's own updater are the user's. What gradient compression has left over
         stays each rank's own, and that of lost ranks is lost. A key whose `init` was not
         complete on all ranks is in none any more. A checkpoint under way comes to nothing.
-        A further loss meanwhile is survived, too. Cost: some 10 ms and, where a replica must be
+        A further loss meanwhile is survived, too. Stores on GPUs stay on theirs: NCCL is aborted
+        and its communicators are made anew; until then `pull` raises, too. A push there returns
+        before its sum is complete, so that, without `elastic`, a loss may interrupt one on all
+        ranks though it has returned. Cost: some 10 ms and, where a replica must be
         copied, MPI_Bcast of values and states. MPI_Comm_revoke, _shrink, _agree (ULFM).
         """
         if self._guard.is_busy or self._guard.is_beside:
