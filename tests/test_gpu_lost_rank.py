@@ -39,6 +39,7 @@ from lost_ranks import N, die, say, until_lost
 from mpi4py import MPI
 
 rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size  # as they were at the start
+home = rank  # the GPU
 gpus = FakeGpus(size, [f"gpu-{k}" for k in range(size)])
 gpus.pump_in_background()
 nccl = FakeNccl(gpus, Path(FOLDER))
@@ -55,13 +56,13 @@ def store(optimizer="sgd", **options):
 def push(kv, by=None):
     by = rank + 1 if by is None else by
     shapes = N * 3, 5
-    kv.push(KEYS, [gpus.array(np.full(n, by, np.float32), rank) for n in shapes])
+    kv.push(KEYS, [gpus.array(np.full(n, by, np.float32), home) for n in shapes])
 
 def check(kv, total):
     # Whole numbers, so that sums are exact in any order.
     for key in KEYS:
         here = kv.pull(key)
-        assert here.device_array.device == rank  # where it was
+        assert here.device_array.device == home  # where it was
         assert (here.get() == total).all(), (key, here.get()[:3], total)
     kv.verify()
 
@@ -243,3 +244,51 @@ well(kv)
 """,
     )
     assert said == ["well 0", "well 2"]
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_hosts_that_lose_a_rank_go_on_together(mpirun: RunJob, tmp_path: Path, victim: int) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        4,
+        f"""
+from kvcoll.topology import Topology
+from kvcoll.transport import mpi
+home = rank % 2
+
+def topology_of(comm, losses):  # two ranks a host
+    with losses:
+        before = comm.allgather(rank)
+    return Topology.of_leaders(comm.rank, [one // 2 for one in before])
+
+mpi.topology_of = topology_of
+kv = store("adam")
+assert kv.num_hosts == 2
+for _ in range(2):
+    push(kv)
+kv.wait()
+before = kv.verify()
+if rank == 3:
+    kv._engine.is_whole = False  # as a cut sum leaves it
+    for array in kv.view(KEYS):
+        array[...] = 9
+if rank == {victim}:
+    die()
+until_lost(lambda: push(kv))
+assert kv.recover() == 2
+assert kv.num_hosts == 2 and kv.num_workers == 3
+assert kv.verify() == before
+push(kv)
+kv.set_updater(lambda key, given, stored: stored.__iadd__(given))
+values = [array.get()[0] for array in kv.pull(KEYS)]
+push(kv)
+for key, value in zip(KEYS, values):
+    assert (kv.pull(key).get() == value + np.float32(10 - {victim} - 1)).all()
+kv.verify()
+kv.close()
+gpus.finish()
+say("well", rank)
+""",
+    )
+    assert said == [f"well {rank}" for rank in range(4) if rank != victim]
