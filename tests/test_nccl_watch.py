@@ -10,6 +10,7 @@ import pytest
 from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl
 
+from kvcoll.cuda.nccl import CupyCommunicator, CupyNccl
 from kvcoll.errors import CollectiveError, DeviceError, RankLostError
 from kvcoll.gpu.device import Event
 from kvcoll.nccl.watch import Watch
@@ -202,3 +203,24 @@ def test_a_watch_that_has_ended_hears_no_alarm() -> None:
     assert watch.end()
     alarm.sound(LOST)
     assert len(nccl.open) == 2  # its owner's to destroy
+
+
+def test_an_abort_of_which_nccl_complains_ends_all_waiting_even_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NcclError(Exception):
+        pass
+
+    def abort() -> None:
+        raise NcclError("remote process exited")
+
+    library = SimpleNamespace(NcclError=NcclError, NCCL_UINT8=1, get_version=lambda: 22703)
+    monkeypatch.setattr("kvcoll.cuda.nccl.import_cupy", SimpleNamespace)
+    monkeypatch.setattr("kvcoll.cuda.nccl.import_nccl", lambda: library)
+    comm = CupyCommunicator(CupyNccl(), SimpleNamespace(abort=abort), 0, 2, 0)
+    alarm, heard = Alarm(), list[bool]()
+    watch = Watch([comm], 30, "rank 0 of 2", alarm)
+    alarm.on_sound(lambda: heard.append(True))  # as MPI's communicators, which are revoked
+    alarm.sound(LOST)
+    assert heard
+    assert watch.failed
