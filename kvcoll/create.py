@@ -28,7 +28,7 @@ from .teststore import TestStore
 from .topology import Topology
 from .transport.alone import AloneTransport
 from .transport.contract import Transport
-from .transport.losses import uses_han
+from .transport.losses import Losses, uses_han
 from .watchdog import Watchdog, settled
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def create(
     elastic : bool, default False
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
-        stored value is touched. Without, a loss in the midst of a sum needs a checkpoint.
+        stored value is touched. Without, a loss in the midst of a sum needs a checkpoint. On
+        GPUs each push waits for its sum then.
     watchdog : bool or Watchdog, default True
         Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
         call waits for other ranks for very long; raise `LateRankError`, or end the job, after
@@ -232,10 +233,10 @@ def create(
     if kind in _DISTRIBUTED:
         late = (1 if staleness is None else staleness) if kind in _ASYNCS else None
         overlap = overlap if overlap == _ALWAYS else bool(overlap)
-        if kind in _ON_GPUS and (overlap or elastic):
+        if kind in _ON_GPUS and overlap:
             raise ArgumentError(
-                f"overlap and elastic go with stores on the host: a push of {kind!r} returns while "
-                "the GPU works in any case"
+                f"overlap goes with stores on the host: a push of {kind!r} returns while the GPU "
+                "works in any case"
             )
         options = _Options(
             bool(reproducible),
@@ -344,6 +345,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     call, settings = options.settled(link.ranks)
     try:
         _set_faults()
+        stall_s = on_gpus.stall_limit_s(os.environ, settings)
     except ArgumentError as error:
         link.ranks.refuse(call.name, error)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
@@ -355,16 +357,14 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         own = link.comm if world is None else mpi.duplicate(link.comm, limit_s, link.losses)
         patient = is_async or overlaps  # the core is the caller's while a sum waits
         transport: Transport
-        border, beside = None, None
+        border, joining = None, _joining_hosts(tree=options.reproducible, patient=patient)
         if options.is_on_gpus:
-            transport, border = on_gpus.join(
-                own, link.topology, link.losses, tree=options.reproducible
-            )
-            beside = transport.beside
+            joining_gpus = on_gpus.Joining(tree=options.reproducible, limit_s=stall_s)
+            joining_gpus.join(own, link.topology, link.losses)
+            transport, border = joining_gpus.transport, joining_gpus.border
+            joining = joining_gpus.again
         else:
-            transport = transport_for(
-                own, link.topology, link.losses, tree=options.reproducible, patient=patient
-            )
+            transport, _ = joining(own, link.topology, link.losses)
         its_link = _async_link(own, link) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
@@ -379,7 +379,6 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             apart=options.elastic,
             recovering=partial(_recover, link, limit_s),
             border=border,
-            host_transport=beside,
         )
     except Exception as error:  # as of too little memory: the other ranks wait
         link.ranks.refuse(call.name, error)
@@ -388,14 +387,27 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     if its_link is not link:
         _links.append(its_link)
     _open_stores[:] = [other for other in _open_stores if not other[0].store.closed]
-    survivor = Survivor(
-        store, link.n_made, tree=options.reproducible, patient=patient, is_late=is_async
-    )
+    survivor = Survivor(store, link.n_made, joining, is_late=is_async)
     _open_stores.append((survivor, its_link))
     is_told = transport.topology.rank == 0 and border is None and not options.reproducible
     if is_told and lacks_shared_memory(transport):
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
     return store
+
+
+def _joining_hosts(
+    *, tree: bool, patient: bool
+) -> Callable[[Any, Topology, Losses], tuple[Transport, Callable[[], None]]]:
+    """Say how a store of the host is joined with other ranks: nothing of the old way is left."""
+
+    def join(comm: Any, topology: Topology, losses: Losses) -> tuple[Transport, Callable[[], None]]:
+        return transport_for(comm, topology, losses, tree=tree, patient=patient), _nothing
+
+    return join
+
+
+def _nothing() -> None:
+    pass
 
 
 def _async_link(own: MPI.Intracomm, link: Link) -> Link:

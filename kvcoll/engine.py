@@ -244,7 +244,7 @@ class Engine:
                 apart[bucket.dtype] = apart.get(bucket.dtype, 0) + bucket.n_elements
             for dtype, n_elements in apart.items():
                 if dtype not in self._apart or self._apart[dtype].size < n_elements:
-                    self._apart[dtype] = np.empty(n_elements, dtype)
+                    self._apart[dtype] = self.home.empty(n_elements, dtype)
         for bucket in push.buckets:
             if bucket.is_sparse:
                 # Settings decide whether one of ours takes rows, and may be changed.
@@ -369,6 +369,7 @@ class Engine:
             start = used.get(bucket.dtype, 0)
             stop = used[bucket.dtype] = start + bucket.n_elements
             sums.append(self._sum(bucket, values, flags, self._apart[bucket.dtype][start:stop]))
+        self._transport.wait()
         return sums
 
     def sum_rows(self, push: Push, rows: Sequence[Rows]) -> list[Rows]:
@@ -480,6 +481,8 @@ class Engine:
                 n += 1
             self._transport.broadcast(chunk.flat[start:stop])
             entries = entries[n:]
+        if self.apart:
+            self._transport.wait()
 
     def without_a_share(self, array: Array) -> Array:
         """Give an array that shares no memory with those that `open_windows` gave."""
@@ -634,6 +637,7 @@ class Engine:
         for bucket in push.buckets:
             for array in [*(m.entry.flat for m in bucket.members), *updater.states(bucket)]:
                 self._transport.broadcast(array, root)
+        self._transport.wait()
         if failure is not None:
             self.count_updated(None)
         self.version -= 1  # a push that raises does not count

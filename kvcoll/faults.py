@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,14 @@ class Push:
         The how-many-th push of the store it will be, from 1: its `version` afterwards.
     key : object
         As the user gave it: a key, or a list of them.
+    at_host : callable
+        Gives an array of the user's, wherever it lies, as one of the host.
     """
 
     rank: int
     number: int
     key: Any
+    at_host: Callable[[Any], Any]
 
 
 class Armed(ABC):
@@ -38,14 +42,17 @@ class Armed(ABC):
         """Give what is pushed in place of `value`, and whether it is pushed at all."""
 
     @abstractmethod
-    def after_push(self, push: Push, stored: Callable[[Any], Sequence[Any]]) -> None:
+    def after_push(
+        self, push: Push, stored: Callable[[Any], AbstractContextManager[Sequence[Any]]]
+    ) -> None:
         """Change what is stored.
 
         Parameters
         ----------
         push : Push
         stored : callable
-            Gives for a key its value and its states as flat arrays, once no push of it waits.
+            Gives for a key its value and its states as flat arrays of the host, once no push of
+            it waits; they are the store's own, or take their place at the end of a with-block.
         """
 
     @abstractmethod

@@ -300,6 +300,15 @@ class GpuBorder:
 
     # To the host and back -----------------------------------------------------------
 
+    def user_at_host(self, value: object) -> Array:
+        """Give an array of the user's, wherever it lies, as one of the host."""
+        if not self.place.gpus.is_on_gpu(value):
+            return as_array(value)
+        self.begin()
+        host = self.place.at_host(self.read(value))
+        self.end()
+        return host
+
     def at_host(
         self, entries: Mapping[Key, Entry], updater: Updater
     ) -> tuple[dict[Key, Entry], Updater]:

@@ -33,7 +33,7 @@ from .kernels.trace import Program, Traced, UntraceableError
 from .optimizer.base import PIECE_ELEMENTS, Optimizer
 from .optimizer.layerwise import LayerWise
 from .optimizer.step import Step
-from .place import Parts, Place, Update, UpdateEach
+from .place import Kept, Parts, Place, Update, UpdateEach
 from .schema import Spec
 
 
@@ -94,6 +94,10 @@ class GpuPlace(Place):
         self._told: set[type[Optimizer]] = set()
         self.sums: SumsOverGpus | None = None
 
+    def follow(self, patience: Patience) -> None:
+        """Wait in another way from now on, as other ranks are waited for."""
+        self.patience = self._staging.patience = patience
+
     # Memory -----------------------------------------------------------------------
 
     def check(self, spec: Spec) -> None:
@@ -153,6 +157,38 @@ class GpuPlace(Place):
     def download(self, source: DeviceArray, out: Array) -> None:
         """Copy to the host; returns once all is there."""
         self._staging.download(source, out)
+
+    def at_host(self, array: Array) -> Array:
+        """Copy down; waits for what is on the stream."""
+        own = as_device(array)
+        host = np.empty(own.shape, own.dtype)
+        self.download(own, host)
+        return host
+
+    def keep(self, arrays: Sequence[Array]) -> Kept:
+        """Copy within the GPU, in a launch a dtype; comes down when it is asked for."""
+        by_dtype: dict[DType, list[int]] = {}
+        for number, array in enumerate(arrays):
+            if array.size:
+                by_dtype.setdefault(array.dtype, []).append(number)
+        copies: list[tuple[list[int], Parts]] = []
+        with self.joined():
+            for dtype, numbers in by_dtype.items():
+                sizes = np.array([arrays[number].size for number in numbers], np.int64)
+                flat = self.empty(int(sizes.sum()), dtype)
+                parts = Parts(flat, np.cumsum(sizes) - sizes, sizes)
+                self.copy_each([arrays[number] for number in numbers], parts)
+                copies.append((numbers, parts))
+
+        def told() -> list[bytes]:
+            kept = [b""] * len(arrays)
+            for numbers, parts in copies:
+                host = Parts(self.at_host(parts.flat), parts.starts, parts.sizes)
+                for number, part in zip(numbers, host, strict=True):
+                    kept[number] = part.tobytes()
+            return kept
+
+        return told
 
     def bring(self, array: DeviceArray) -> DeviceArray:
         """Give an array of whichever GPU as one of this GPU."""

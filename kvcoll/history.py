@@ -13,6 +13,8 @@ from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple, TypeAlias, final
 
+from .arrays import Array
+from .place import Kept
 from .replica import Entry
 from .schema import Key
 from .updater import Optimize, Updater
@@ -29,7 +31,9 @@ class _Sample(NamedTuple):
     push: int
     key: Key
     updater: Updater
-    parts: tuple[bytes, ...]  # of the value, then of each state
+    kept: Kept  # of all keys of the push
+    first: int  # the value's place among them; those of the states follow
+    last: int
 
 
 @final
@@ -72,20 +76,29 @@ class History:
             By name, for each push its number and the sample's digest; in the order of updates.
         """
         found: dict[str, list[tuple[int, str]]] = {}
+        told: dict[int, Sequence[bytes]] = {}  # by the identity of what tells it, which is kept
         for sample in self._samples:
+            if id(sample.kept) not in told:
+                told[id(sample.kept)] = sample.kept()
+            parts = told[id(sample.kept)][sample.first : sample.last]
             names = wanted.get(sample.key, ())
             of_now = names if sample.updater is updater else names[:1]
-            for name, part in zip(of_now, sample.parts, strict=False):
+            for name, part in zip(of_now, parts, strict=False):
                 seen = blake2b(part, digest_size=8).hexdigest()
                 found.setdefault(name, []).append((sample.push, seen))
         return found
 
     def _take(self, push: int, updater: Updater, entries: Iterable[Entry]) -> None:
+        arrays: list[Array] = []
+        places: list[tuple[Key, int, int]] = []
         for entry in entries:
             n = entry.stop - entry.start
             low = push % max(1, -(-n // SAMPLE_ELEMENTS)) * SAMPLE_ELEMENTS
-            arrays = [entry.flat]
+            first, own = len(arrays), [entry.flat]
             if isinstance(updater, Optimize):
-                arrays += updater.states_of(entry)
-            parts = tuple(array[low : low + SAMPLE_ELEMENTS].tobytes() for array in arrays)
-            self._samples.append(_Sample(push, entry.spec.key, updater, parts))
+                own += updater.states_of(entry)
+            arrays += [array[low : low + SAMPLE_ELEMENTS] for array in own]
+            places.append((entry.spec.key, first, len(arrays)))
+        kept = updater.place.keep(arrays)
+        for key, first, last in places:
+            self._samples.append(_Sample(push, key, updater, kept, first, last))

@@ -5,24 +5,32 @@ Rules of the file: CuPy is loaded only once a store needs it; what is missing is
 
 from __future__ import annotations
 
+import math
+import os
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, final
 
 from .arrays import is_on_cuda
-from .errors import DeviceError
+from .errors import ArgumentError, DeviceError
 from .topology import Topology
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from .gpu.device import Gpus
+    from .gpu.device import Device, Gpus, Stream
     from .gpu.nccl import Nccl
     from .gpu.patience import Patience
     from .gpu_border import GpuBorder
     from .gpu_place import GpuPlace
     from .nccl.transport import GpuTransport
+    from .transport.contract import Transport
     from .transport.losses import Losses
+    from .watchdog import Watchdog
+
+#: For how many seconds a transfer among GPUs may make no way.
+STALL_VARIABLE = "KVCOLL_NCCL_LIMIT_S"
+_STALL_LIMIT_S = 300.0
 
 _open: weakref.WeakSet[GpuTransport] = weakref.WeakSet()
 _ends: list[Callable[[], None]] = []  # of sums over the GPUs of this process
@@ -40,6 +48,36 @@ def find() -> tuple[Gpus, Nccl]:
     from .cuda import find as by_cupy
 
     return by_cupy.find()
+
+
+def stall_limit_s(environ: Mapping[str, str], watchdog: Watchdog | None) -> float:
+    """Say how long a transfer among GPUs may make no way before it is aborted and named.
+
+    Parameters
+    ----------
+    environ : mapping of str to str
+        ``KVCOLL_NCCL_LIMIT_S`` counts for more than all else: seconds, or ``off`` for ever.
+    watchdog : Watchdog or None
+        Of the store: its `limit_s`. Without one it is 300 s.
+
+    Raises
+    ------
+    ArgumentError
+        The variable is no number of seconds above 0.
+    """
+    said = environ.get(STALL_VARIABLE, "").strip().lower()
+    if not said:
+        of_watchdog = _STALL_LIMIT_S if watchdog is None else watchdog.limit_s
+        return math.inf if of_watchdog is None else of_watchdog
+    try:
+        seconds = math.inf if said == "off" else float(said)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:  # NaN is not, either
+        raise ArgumentError(
+            f"{STALL_VARIABLE} is a number of seconds above 0, or off, got {said!r}"
+        )
+    return seconds
 
 
 def border_of(value: object) -> GpuBorder | None:
@@ -70,11 +108,10 @@ def border_with_nccl(value: object) -> GpuBorder:
     """
     from .gpu_border import GpuBorder
     from .nccl.own import OwnGpus
-    from .nccl.setup import LIMIT_S
     from .nccl.watch import Watch
 
     gpus, nccl = find()
-    watch = Watch([], LIMIT_S, "rank 0 of 1")
+    watch = Watch([], stall_limit_s(os.environ, None), "rank 0 of 1")
     place = _place(gpus, _first(value), watch)
     place.sums = own = OwnGpus(gpus, nccl, place.device, place.stream, watch)
     border = GpuBorder(place)
@@ -89,25 +126,83 @@ def border_with_nccl(value: object) -> GpuBorder:
     return border
 
 
-def join(
-    comm: MPI.Intracomm, topology: Topology, losses: Losses, *, tree: bool
-) -> tuple[GpuTransport, GpuBorder]:
-    """Make the transport over the ranks' GPUs, and this rank's border; collective.
+@final
+class Joining:
+    """Joins the GPUs of the ranks of one store: when it is made, and after each loss of ranks.
 
     Parameters
     ----------
-    comm, topology, losses, tree
-        As for `nccl.setup.transport_for`, which says what this raises: on all ranks the same.
-    """
-    from .gpu_border import GpuBorder
-    from .gpu_place import GpuPlace
-    from .nccl import setup
+    tree : bool
+        As for `nccl.setup.transport_for`.
+    limit_s : float
+        How long a transfer may make no way.
 
-    transport = setup.transport_for(comm, topology, find, losses, tree=tree)
-    _open.add(transport)
-    return transport, GpuBorder(
-        GpuPlace(find_gpus(), transport.device, transport.stream, transport.watch)
-    )
+    Attributes
+    ----------
+    transport : GpuTransport
+        Once they were joined.
+    border : GpuBorder
+    """
+
+    transport: GpuTransport
+    border: GpuBorder
+
+    def __init__(self, *, tree: bool, limit_s: float) -> None:
+        self._tree, self._limit_s = tree, limit_s
+        # Kept until it takes over, or the alarm of an attempt that comes to nothing aborts it.
+        self._tried: GpuTransport | None = None
+
+    def join(self, comm: MPI.Intracomm, topology: Topology, losses: Losses) -> None:
+        """Make the transport over the ranks' GPUs, and this rank's border; collective.
+
+        Parameters
+        ----------
+        comm, topology, losses
+            As for `nccl.setup.transport_for`, which says what this raises: on all ranks the same.
+        """
+        from .gpu_border import GpuBorder
+        from .gpu_place import GpuPlace
+
+        self.transport = made = self._made(comm, topology, losses, None)
+        self.border = GpuBorder(GpuPlace(find_gpus(), made.device, made.stream, made.watch))
+
+    def again(
+        self, comm: MPI.Intracomm, topology: Topology, losses: Losses
+    ) -> tuple[Transport, Callable[[], None]]:
+        """Make the transport over those of the ranks that are left; collective.
+
+        Values stay on their GPUs, and work on the stream that they were changed on.
+
+        Returns
+        -------
+        transport : Transport
+        take_over : callable
+            Lets it take the place of the one of before.
+        """
+        home = self.transport.device, self.transport.stream
+        made = self._tried = self._made(comm, topology, losses, home)
+
+        def take_over() -> None:
+            self.transport.end()
+            self.transport, self._tried = made, None
+            self.border.place.follow(made.watch)
+
+        return made, take_over
+
+    def _made(
+        self,
+        comm: MPI.Intracomm,
+        topology: Topology,
+        losses: Losses,
+        home: tuple[Device, Stream] | None,
+    ) -> GpuTransport:
+        from .nccl import setup
+
+        made = setup.transport_for(
+            comm, topology, find, losses, tree=self._tree, home=home, limit_s=self._limit_s
+        )
+        _open.add(made)
+        return made
 
 
 def end_all() -> None:

@@ -7,10 +7,10 @@ is asked of a GPU is put on its stream and not waited for.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, final
 
 import numpy as np
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .optimizer.base import Optimizer
     from .optimizer.step import Step
     from .schema import Spec
+
+#: Gives the bytes of each array as they were when they were kept.
+Kept: TypeAlias = "Callable[[], Sequence[bytes]]"
 
 
 class Update(NamedTuple):
@@ -116,6 +119,14 @@ class Place(ABC):
         """Copy arrays, each into a part of flat memory."""
 
     @abstractmethod
+    def at_host(self, array: Array) -> Array:
+        """Give an array of the host with the same contents: the array itself, if it lies there."""
+
+    @abstractmethod
+    def keep(self, arrays: Sequence[Array]) -> Kept:
+        """Keep what small flat arrays hold now; give what tells their bytes later."""
+
+    @abstractmethod
     def lend(self, array: Array) -> Any:
         """Show the place's memory to code of the user's."""
 
@@ -186,6 +197,15 @@ class HostPlace(Place):
         """One after the other."""
         for source, out in zip(sources, outs, strict=True):
             self.copy(source.reshape(-1), out)
+
+    def at_host(self, array: Array) -> Array:
+        """Give the array itself."""
+        return array
+
+    def keep(self, arrays: Sequence[Array]) -> Kept:
+        """Copy the bytes."""
+        kept = [array.tobytes() for array in arrays]
+        return lambda: kept
 
     def lend(self, array: Array) -> Any:
         """Show the array itself."""

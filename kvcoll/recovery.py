@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, final
 from .agreement import AcrossRanks, Agreement
 from .arrays import Array
 from .errors import NoWholeReplicaError, RankFailedError, WaitEndedError
-from .reduction import transport_for
 from .schema import Key
 from .topology import Topology
 from .transport.alarm import Alarm
@@ -148,13 +147,11 @@ class Recoverable(ABC):
     ----------
     number : int
         The same on all ranks.
-    tree, patient, is_late : bool
-        As it was created: adds in a tree; waits politely; agrees in a thread of its own.
+    is_late : bool
+        As it was created: whether it agrees in a thread of its own.
     """
 
     number: int
-    tree: bool
-    patient: bool
     is_late: bool
 
     @abstractmethod
@@ -164,6 +161,19 @@ class Recoverable(ABC):
     @abstractmethod
     def standing(self) -> Standing:
         """Say how far the replica has come."""
+
+    @abstractmethod
+    def join(
+        self, comm: MPI.Intracomm, topology: Topology, losses: Losses
+    ) -> tuple[Transport, Callable[[], None]]:
+        """Make the transport over the ranks that are left; collective.
+
+        Returns
+        -------
+        transport : Transport
+        take_over : callable
+            Lets it take the place of the one of before; cannot fail.
+        """
 
     @abstractmethod
     def told(self) -> str:
@@ -263,8 +273,11 @@ class _Attempt:
             self.error, bits = error, _CAME_THROUGH
         if bits != _CAME_THROUGH | _WELL:
             # Whoever waits in a call of this attempt comes out: it will not be completed.
-            self._losses.alarm.sound(WaitEndedError("recover() has not come through"))
-        return mpi.agree(self._comm, bits)
+            self._losses.alarm.sound(_not_through())
+        agreed = mpi.agree(self._comm, bits)
+        if agreed != _CAME_THROUGH | _WELL:
+            self._losses.alarm.sound(_not_through())  # what it has made on GPUs is let go of
+        return agreed
 
     def commit(self) -> None:
         """Go on with what is left."""
@@ -290,7 +303,7 @@ class _Attempt:
                 self._commits.append(partial(store.lose, _NOT_ALL))
                 continue
             own = mpi.duplicate(comm, self._limit_s, losses)
-            transport = transport_for(own, topology, losses, tree=store.tree, patient=store.patient)
+            transport, take_over = store.join(own, topology, losses)
             _level(store, [Standing(**one[1][number]) for one in told], ranks, transport)
             if store.is_late:
                 its_ranks = late_ranks(own, topology, losses, link.idle)
@@ -299,8 +312,13 @@ class _Attempt:
             else:
                 its_ranks = ranks
             self._commits.append(store.prepare(transport, its_ranks.of_store(), left))
+            self._commits.append(take_over)
         link_moves = partial(link.move, comm, topology, ranks, losses)
         self._commits += [link_moves, partial(link.count, n_made)]
+
+
+def _not_through() -> WaitEndedError:
+    return WaitEndedError("recover() has not come through")
 
 
 def late_ranks(
@@ -338,4 +356,5 @@ def _level(
     told = ranks.tell(store.told() if is_source else "")[source]
     for array in store.level(told, keys, is_source=is_source):
         transport.broadcast(array, source)
+    transport.wait()
     store.levelled(goal)

@@ -64,6 +64,8 @@ from .updater import Assign, Custom, Optimize, UpdateFunction, Updater
 
 if TYPE_CHECKING:
     from .gpu_border import GpuBorder  # loads what only GPUs need
+    from .topology import Topology
+    from .transport.losses import Losses
 
 _NO_OUTPUT = object()
 _NO_VALUE = object()
@@ -158,8 +160,6 @@ class KVStore(KVStoreBase):
         Brings all stores that share the ranks, this one included, to those that are left.
     border : GpuBorder, optional
         Of a store whose values lie on a GPU: the transport is one for arrays there.
-    host_transport : Transport, optional
-        Then, for what comes from files; by default the same.
     borders : callable, optional
         Of a store in one process: gives for the first value of `init` the border of the GPU
         on which it lies, or None.
@@ -178,11 +178,10 @@ class KVStore(KVStoreBase):
         apart: bool = False,
         recovering: Callable[[], None] | None = None,
         border: GpuBorder | None = None,
-        host_transport: Transport | None = None,
         borders: Callable[[object], GpuBorder | None] | None = None,
     ) -> None:
         self._type = type_
-        self._transport = transport if host_transport is None else host_transport
+        self._transport = transport.for_host
         self._sums = transport
         self._topology = transport.topology
         self._created_rank = transport.topology.rank  # faults go by it, also once ranks were lost
@@ -1177,7 +1176,10 @@ KeyKindError, ArrayError
         stays each rank's own, codes of the interrupted push being taken as sent; that of lost
         ranks is lost. A key whose `init` was not
         complete on all ranks is in none any more. A checkpoint under way comes to nothing.
-        A further loss meanwhile is survived, too. Cost: some 10 ms and, where a replica must be
+        A further loss meanwhile is survived, too. Stores on GPUs stay on theirs: NCCL is aborted
+        and its communicators are made anew; until then `pull` raises, too. A push there returns
+        before its sum is complete, so that, without `elastic`, a loss may interrupt one on all
+        ranks though it has returned. Cost: some 10 ms and, where a replica must be
         copied, MPI_Bcast of values and states. MPI_Comm_revoke, _shrink, _agree (ULFM).
         """
         if self._guard.is_busy or self._guard.is_beside:
@@ -1491,11 +1493,15 @@ KeyKindError, ArrayError
             call = self._launch.reserve(push, updater, values)
         except Exception as error:  # whatever it is: the others must not wait for this rank
             self._refuse("push()", error)
-        self._launch.push(
-            push, values, updater, call, plain=not is_own, priority=priority, rows=ready
-        )
-        if self._border is not None and not outputs:
-            self._border.end()
+        is_complete = False
+        try:
+            self._launch.push(
+                push, values, updater, call, plain=not is_own, priority=priority, rows=ready
+            )
+            is_complete = True
+        finally:  # the user may let go of what a push that has failed still reads, too
+            if self._border is not None and not (is_complete and outputs):
+                self._border.end()
         self._version += 1
         if self._verify_every and self._version % self._verify_every == 0:
             self._verify(None)
@@ -1505,28 +1511,40 @@ KeyKindError, ArrayError
         self, armed: faults.Armed, key: Any, value: Any, priority: int, out: Any
     ) -> list[Any]:
         """Push where faults wait, which may change it."""
-        push = faults.Push(self._created_rank, self._version + 1, key)
+        at_host = as_array if self._border is None else self._border.user_at_host
+        push = faults.Push(self._created_rank, self._version + 1, key, at_host)
         value, is_made = armed.before_push(push, value)
         outputs = self._push(key, value, priority, out, spared=True) if is_made else []
         armed.after_push(push, self._stored)
         return outputs
 
-    def _stored(self, key: Key) -> list[Array]:
-        """Give a key's value and states, once no push waits; for faults."""
+    @contextmanager
+    def _stored(self, key: Key) -> Iterator[list[Array]]:
+        """Show a key's value and states on the host, to be changed, once no push waits: faults."""
         self._launch.drain()
-        entry, updater = self._replica.entries[key], self._updater
+        entry, updater, home = self._replica.entries[key], self._updater, self._engine.home
+        own = [entry.flat]
         if isinstance(updater, Optimize) and key in updater.counts():
-            return [entry.flat, *updater.states_of(entry)]
-        return [entry.flat]
+            own += updater.states_of(entry)
+        shown = [home.at_host(array) for array in own]
+        yield shown
+        for array, changed in zip(own, shown, strict=True):
+            if changed is not array:
+                home.copy(changed, array)
 
     def _verify(self, repair: str | None) -> str:
         with self._checked(verify.NAME):
             repairs = verify.check_repair(repair)
+            if self._border is not None:
+                self._border.begin()
             updater, version = self._updater, self._version
             parts = verify.parts_of(self._replica.entries.values(), updater)
             prints = {part.name: part.fingerprint() for part in parts}
         with self._launch.reading:
-            return self._verifier.compare(parts, prints, updater, version, repair=repairs)
+            whole = self._verifier.compare(parts, prints, updater, version, repair=repairs)
+        if self._border is not None:
+            self._border.end()
+        return whole
 
     def _plan(self, key: Any) -> _Plan:
         """Check and plan a key or a list of keys, once for each list."""
@@ -1578,19 +1596,35 @@ class Survivor(Recoverable):
     ----------
     store : KVStore
     number : int
-    tree, patient, is_late : bool
+    joining : callable
+        See `Recoverable.join`.
+    is_late : bool
         See `Recoverable`.
     """
 
     def __init__(
-        self, store: KVStore, number: int, *, tree: bool, patient: bool, is_late: bool
+        self,
+        store: KVStore,
+        number: int,
+        joining: Callable[[Any, Topology, Losses], tuple[Transport, Callable[[], None]]],
+        *,
+        is_late: bool,
     ) -> None:
-        self.store = store
-        self.number, self.tree, self.patient, self.is_late = number, tree, patient, is_late
+        self.store, self._joining = store, joining
+        self.number, self.is_late = number, is_late
 
     def interrupt(self) -> None:
-        """End what runs behind its caller."""
-        self.store._launch.interrupt()
+        """End what runs behind its caller; on a GPU a push that has returned may be cut short."""
+        store, engine = self.store, self.store._engine
+        store._launch.interrupt()
+        if store._sums.was_cut() and not engine.apart:  # where sums are complete before updates
+            engine.is_whole = False
+
+    def join(
+        self, comm: Any, topology: Topology, losses: Losses
+    ) -> tuple[Transport, Callable[[], None]]:
+        """Leave it to who has made the store."""
+        return self._joining(comm, topology, losses)
 
     def standing(self) -> Standing:
         """Ask the engine."""
@@ -1611,7 +1645,8 @@ class Survivor(Recoverable):
         store._plans.clear()
         store._engine.is_whole = is_source
         states = store._updater.level(json.loads(told), entries)
-        return joined([*(entry.flat for entry in entries.values()), *states])
+        arrays = [*(entry.flat for entry in entries.values()), *states]
+        return joined(arrays) if store._border is None else arrays
 
     def levelled(self, standing: Standing) -> None:
         """Count as the source does."""
@@ -1626,10 +1661,11 @@ class Survivor(Recoverable):
 
         def commit() -> None:
             move()
-            store._transport, store._topology, store._agreement = transport, topology, agreement
+            store._sums, store._transport = transport, transport.for_host
+            store._topology, store._agreement = topology, agreement
             store._launch.move(topology, agreement)
-            store._checkpoints.move(transport, agreement)
-            store._verifier.move(transport, agreement)
+            store._checkpoints.move(transport.for_host, agreement)
+            store._verifier.move(transport.for_host, agreement)
             store._version = store._engine.version
 
         return commit

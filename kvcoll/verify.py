@@ -18,6 +18,7 @@ from .agreement import Agreement, Call, name_ranks
 from .arrays import Array
 from .errors import ArgumentError, ReplicasDifferError
 from .history import History
+from .place import Place
 from .replica import Entry
 from .schema import Key, digest
 from .states import names_of
@@ -41,17 +42,27 @@ class Part:
     name : str
         As in a checkpoint: ``value:w``, ``state0:w``, ``master:w``.
     entry : Entry
-    flat : numpy.ndarray, shape (n,)
+    flat : Array, shape (n,)
+        Where the store's values lie.
     """
 
-    def __init__(self, kind: str, entry: Entry, flat: Array) -> None:
+    def __init__(self, kind: str, entry: Entry, flat: Array, place: Place) -> None:
+        self._place = place
         self.name = f"{kind}:{entry.spec.key}"
         self.entry, self.flat = entry, flat
         self._kind = kind
 
     def fingerprint(self) -> str:
         """Give the fingerprint of what it holds."""
-        return fingerprint.of(self.flat, self.name, self.entry.spec.shape)
+        at_host = self._place.at_host(self.flat)
+        return fingerprint.of(at_host, self.name, self.entry.spec.shape)
+
+    def take(self, transport: Transport, root: int) -> None:
+        """Take what a rank has, by way of the host; called by all ranks."""
+        at_host = self._place.at_host(self.flat)
+        transport.broadcast(at_host, root)
+        if at_host is not self.flat:
+            self._place.copy(at_host, self.flat)
 
     def __str__(self) -> str:
         key = f"key {self.entry.spec.key!r}"
@@ -67,11 +78,11 @@ def parts_of(entries: Iterable[Entry], updater: Updater) -> list[Part]:
     parts = []
     counts = updater.counts() if isinstance(updater, Optimize) else {}
     for entry in entries:
-        parts.append(Part("value", entry, entry.flat))
+        parts.append(Part("value", entry, entry.flat, updater.place))
         if isinstance(updater, Optimize) and entry.spec.key in counts:
             names = names_of(updater.optimizer, entry.spec.dtype)
             states = zip(names, updater.states_of(entry), strict=True)
-            parts += [Part(name, entry, state) for name, state in states]
+            parts += [Part(name, entry, state, updater.place) for name, state in states]
     return parts
 
 
@@ -110,6 +121,7 @@ class Verifier:
     Parameters
     ----------
     transport : Transport
+        For arrays of the host.
     agreement : Agreement
     history : History or None
         Samples of the pushes, if they are taken.
@@ -177,7 +189,7 @@ class Verifier:
                 "them, or go back to a checkpoint, and see to the memory of the machine"
             )
         for difference in differences:
-            self._transport.broadcast(difference.part.flat, difference.root)
+            difference.part.take(self._transport, difference.root)
         whole = fingerprint.of_all({part.name: part.fingerprint() for part in parts})
         if not self._are_same(call, whole):
             raise ReplicasDifferError(f"{said}; a repair came to nothing: go back to a checkpoint")

@@ -40,7 +40,7 @@ def gpus(
         own, nccl = gpus_and_nccl(comm.size, folder)
         monkeypatch.setattr(on_gpus, "find", lambda: (own, nccl))
         monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
-        monkeypatch.setattr(mpi, "topology_of", lambda comm, losses=None: hosts)
+        monkeypatch.setattr(mpi, "topology_of", lambda *_: hosts)
         small = partial(setup.transport_for, scratch_bytes=16 << 10, small_bytes=1 << 10)
         monkeypatch.setattr(setup, "transport_for", small)
         yield own

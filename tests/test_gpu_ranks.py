@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from quick_first import quick_first
 from raised_by_all import raised_by_all
 
 import kvcoll
-from kvcoll import KVStore, on_gpus
+from kvcoll import KVStore, Watchdog, on_gpus
 from kvcoll.errors import ArgumentError, DeviceError, ShapeMismatchError, UpdaterError
+from kvcoll.nccl.watch import Watch
 
 pytestmark = needs_kernels
 
@@ -158,6 +160,46 @@ def test_a_rank_without_a_gpu_is_an_error_on_all(
 def test_overlap_is_refused_by_name(gpus: AnyGpus) -> None:
     with pytest.raises(ArgumentError, match="a push of 'dist_device_sync' returns while"):
         kvcoll.create("dist_device_sync", overlap=True)
+
+
+LIMITS: list[tuple[dict[str, str], Watchdog | bool, float]] = [
+    ({}, Watchdog(limit_s=77), 77),
+    ({}, Watchdog(limit_s=None), np.inf),
+    ({}, False, 300),
+    ({on_gpus.STALL_VARIABLE: "12.5"}, Watchdog(limit_s=77), 12.5),
+    ({on_gpus.STALL_VARIABLE: "off"}, True, np.inf),
+]
+
+
+@pytest.mark.parametrize(("environ", "watchdog", "expected"), LIMITS)
+def test_a_transfer_may_stall_for_as_long_as_the_watchdog_or_the_environment_says(
+    gpus: AnyGpus,
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    watchdog: Watchdog | bool,
+    expected: float,
+) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ, **environ})
+    made: list[float] = []
+    honest = Watch.__init__
+
+    def init(self: Watch, comms: Any, limit_s: float, *args: Any, **options: Any) -> None:
+        made.append(limit_s)
+        honest(self, comms, limit_s, *args, **options)
+
+    monkeypatch.setattr(Watch, "__init__", init)
+    with kvcoll.create("dist_device_sync", watchdog=watchdog):
+        assert made == [expected]
+
+
+def test_a_limit_that_is_no_number_is_the_same_error_on_all_ranks(
+    gpus: AnyGpus, comm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if comm.rank == comm.size - 1:
+        monkeypatch.setenv(on_gpus.STALL_VARIABLE, "soon")
+    error = raised_by_all(comm, lambda: kvcoll.create("dist_device_sync"))
+    assert type(error) is ArgumentError
+    assert "KVCOLL_NCCL_LIMIT_S is a number of seconds above 0, or off, got 'soon'" in str(error)
 
 
 def test_the_benchmark_measures_pushes_over_ranks(

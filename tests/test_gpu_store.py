@@ -17,6 +17,7 @@ from quick_first import quick_first
 import kvcoll
 from kvcoll import on_gpus
 from kvcoll.gpu.nccl import Nccl
+from kvcoll.testing import Flip, faults
 
 pytestmark = [pytest.mark.single, needs_kernels]
 
@@ -306,3 +307,21 @@ def test_a_checkpoint_goes_from_a_gpu_to_the_host_and_back(
     kv.load_optimizer_states(tmp_path / "states")
     kv.push(keys, grads)
     assert [value.get().tobytes() for value in kv.pull(keys)] == expected
+
+
+def test_a_flipped_bit_shows_in_the_fingerprint_that_the_host_has_too(
+    kv: Any, gpus: AnyGpus
+) -> None:
+    keys, values = ["a", "b"], [np.arange(50, dtype=np.float32), f64([3])]
+    host = kvcoll.create("local")
+    for store in (kv, host):
+        store.init(keys, [gpus.array(v) if store is kv else v for v in values])
+        store.set_optimizer("adam")
+        with faults(Flip(rank=0, key="a", element=7, what="state")):
+            store.push(keys, [gpus.array(v) if store is kv else v for v in values])
+    flipped = kv.verify()
+    assert flipped == host.verify()
+    for store in (kv, host):
+        with faults(Flip(rank=0, key="b", what="gradient")):
+            store.push(keys, [gpus.array(v) if store is kv else v for v in values])
+    assert flipped != kv.verify() == host.verify()

@@ -399,6 +399,31 @@ print("words without a newline are not lost", end="")
     assert expected in job.stderr
 
 
+def test_a_store_that_has_recovered_closes_the_way_that_it_goes_now(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        3,
+        """
+from kvcoll.transport import mpi
+kv, check = stores()
+if rank == 1:
+    die()
+until_lost(lambda: kv.push(["w", "v"], gradients(kv)))
+kv.recover()
+honest, closed = mpi.MpiTransport.close, []
+mpi.MpiTransport.close = lambda self: (closed.append(self.topology.size), honest(self))
+kv.close()
+check.close()
+assert closed == [2, 2], closed
+say("well", rank)
+""",
+    )
+    assert said == ["well 0", "well 2"]
+
+
 def test_without_ulfm_recover_says_what_it_takes(mpirun: RunJob, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

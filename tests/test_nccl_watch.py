@@ -10,9 +10,11 @@ import pytest
 from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl
 
-from kvcoll.errors import CollectiveError, DeviceError
+from kvcoll.cuda.nccl import CupyCommunicator, CupyNccl
+from kvcoll.errors import CollectiveError, DeviceError, RankLostError
 from kvcoll.gpu.device import Event
 from kvcoll.nccl.watch import Watch
+from kvcoll.transport.alarm import Alarm
 
 pytestmark = pytest.mark.single
 
@@ -35,10 +37,13 @@ class Switch(Event):
             time.sleep(0.001)
 
 
-def watched(limit_s: float) -> tuple[Watch, FakeNccl]:
+def watched(
+    limit_s: float, alarm: Alarm | None = None, *, survives: bool = False
+) -> tuple[Watch, FakeNccl]:
     gpus = FakeGpus(2)
     nccl = FakeNccl(gpus)
-    return Watch(nccl.init_all(gpus.devices), limit_s, "rank 1 of 4"), nccl
+    comms = nccl.init_all(gpus.devices)
+    return Watch(comms, limit_s, "rank 1 of 4", alarm, survives=survives), nccl
 
 
 def until(done: object, limit_s: float = 20) -> None:
@@ -139,3 +144,83 @@ def test_a_watch_that_is_no_more_looks_no_more() -> None:
     assert thread is not None
     del watch
     until(lambda: not thread.is_alive())
+
+
+LOST = RankLostError("rank 2 of 4 was lost", (2,))
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_the_alarm_aborts_all_and_whether_it_cut_anything_is_known(is_done: bool) -> None:
+    alarm = Alarm()
+    watch, nccl = watched(30, alarm)
+    first, last = Switch(), Switch()
+    watch.expect("the first", first)
+    watch.expect("the last", last)
+    first.is_done, last.is_done = True, is_done
+    alarm.sound(LOST)
+    assert not nccl.open
+    assert watch.was_cut is not is_done
+    last.is_done = True  # as an abort leaves it
+    watch.look()
+    assert watch.was_cut is not is_done
+    with pytest.raises(RankLostError, match="rank 2 of 4") as raised:
+        watch.check()
+    assert raised.value.ranks == (2,)
+
+
+def test_who_waits_for_a_gpu_looks_for_lost_ranks() -> None:
+    alarm = Alarm()
+    watch, nccl = watched(30, alarm)
+
+    def look() -> None:
+        alarm.sound(LOST)
+
+    alarm.look_by(look)
+    with pytest.raises(RankLostError, match="rank 2 of 4"):
+        watch.wait(Switch())
+    assert not nccl.open
+
+
+def test_what_nccl_notices_first_of_a_lost_rank_is_said_by_mpi() -> None:
+    alarm, looks = Alarm(), [0]
+
+    def look() -> None:
+        looks[0] += 1
+        if looks[0] > 3:
+            alarm.sound(LOST)
+
+    watch, nccl = watched(30, alarm, survives=True)
+    alarm.look_by(look)
+    nccl.open[0].error = "remote process exited"
+    with pytest.raises(RankLostError, match="rank 2 of 4"):
+        watch.check()
+    assert not nccl.open
+
+
+def test_a_watch_that_has_ended_hears_no_alarm() -> None:
+    alarm = Alarm()
+    watch, nccl = watched(30, alarm)
+    assert watch.end()
+    alarm.sound(LOST)
+    assert len(nccl.open) == 2  # its owner's to destroy
+
+
+def test_an_abort_of_which_nccl_complains_ends_all_waiting_even_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NcclError(Exception):
+        pass
+
+    def abort() -> None:
+        raise NcclError("remote process exited")
+
+    library = SimpleNamespace(NcclError=NcclError, NCCL_UINT8=1, get_version=lambda: 22703)
+    monkeypatch.setattr("kvcoll.cuda.nccl.import_cupy", SimpleNamespace)
+    monkeypatch.setattr("kvcoll.cuda.nccl.import_nccl", lambda: library)
+    comm = CupyCommunicator(CupyNccl(), SimpleNamespace(abort=abort), 0, 2, 0)
+    alarm, heard = Alarm(), list[bool]()
+    watch = Watch([comm], 30, "rank 0 of 2", alarm)
+    alarm.on_sound(lambda: heard.append(True))  # as MPI's communicators, which are revoked
+    alarm.sound(LOST)
+    assert heard
+    assert watch.failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_an_elastic_run_goes_on_without_ranks_that_are_killed_and_reaches_its_ac
     assert "rank 1 of 4 was lost: 3 go on from push " in job.stdout
     assert "rank 0 of 3 was lost: 2 go on from push " in job.stdout
     assert "replicas: 2 of 2 the same bits" in job.stdout
+
+
+def test_an_elastic_run_on_gpus_goes_on_where_its_values_are(mpirun: Start, tmp_path: Path) -> None:
+    pytest.importorskip("ml_dtypes")
+    if why := why_no_ft() or ("" if shutil.which("g++") else "fake GPUs need g++"):
+        pytest.skip(why)
+    mail = tmp_path / "nccl"
+    mail.mkdir()
+    options = ("--kv-store", "dist_device_sync", "--elastic", "--epochs", "6")
+    env = {
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+        "KVCOLL_FAULTS": "rank=1 push=30 kill",
+    }
+    program = Path(__file__).with_name("train_on_fakes.py")
+    job = mpirun(2, program, mail, *options, env=env, with_ft=True, timeout_s=80.0)
+    assert not job.timed_out, job.stdout + job.stderr
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "rank 1 of 2 was lost: 1 go on from push " in job.stdout
+    assert "rank 0 updated on fake GPU 0" in job.stdout
 
 
 # Signals itself in the middle of the given step, on one rank alone.

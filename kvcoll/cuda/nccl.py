@@ -135,7 +135,10 @@ class CupyCommunicator(Communicator):
 
     def abort(self) -> None:
         """End it at once (ncclCommAbort)."""
-        self._comm.abort()
+        try:
+            self._comm.abort()
+        except (self._owner._nccl.NcclError, KeyError):
+            return  # it is of no use any more, whatever NCCL says; why it is aborted is told
 
     def destroy(self) -> None:
         """End it (ncclCommDestroy)."""

@@ -71,7 +71,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """End it without the others: what is on streams ends, too (ncclCommAbort)."""
+        """End it without the others: what is on streams ends, too (ncclCommAbort); never raises."""
 
     @abstractmethod
     def destroy(self) -> None:

@@ -42,7 +42,7 @@ class Staging:
         *,
         patience: Patience | None = None,
     ) -> None:
-        self._patience = Trusting() if patience is None else patience
+        self.patience = Trusting() if patience is None else patience
         self._gpus, self._device, self._stream = gpus, device, stream
         self._piece_bytes = piece_bytes
         self._buffers: list[HostArray] = []
@@ -101,7 +101,7 @@ class Staging:
     ) -> None:
         busy = self._busy[number]
         if busy is not None:
-            self._patience.wait(busy)
+            self.patience.wait(busy)
         self._busy[number] = None
         piece = self._buffers[number][: n * dtype.itemsize].view(dtype)
         with np.errstate(all="ignore"):
@@ -114,7 +114,7 @@ class Staging:
         number, self._next = self._next, 1 - self._next
         busy = self._busy[number]
         if busy is not None:
-            self._patience.wait(busy)
+            self.patience.wait(busy)
             self._busy[number] = None
         return number
 

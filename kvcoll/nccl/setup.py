@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
-from ..errors import ArgumentError, CollectiveError, name_of, rebuild, text_of
-from ..gpu.device import Device, Gpus
+from ..errors import ArgumentError, CollectiveError, WaitEndedError, name_of, rebuild, text_of
+from ..gpu.device import Device, Gpus, Stream
 from ..gpu.nccl import UNIQUE_ID_BYTES, Communicator, Nccl
 from ..gpu.places import Sight, places_of
 from ..sums import Adder, order_of
 from ..topology import Topology
 from ..transport import mpi
+from ..transport.alarm import Alarm
 from ..transport.contract import Messenger
 from ..transport.leg import DirectLeg, LegSizes
 from ..transport.losses import Losses
@@ -39,6 +40,7 @@ Find: TypeAlias = Callable[[], tuple[Gpus, Nccl]]
 #: How long a transfer may make no way, unless told otherwise.
 LIMIT_S = 300.0
 _NAP_S = 1e-4
+_LOOK_EVERY_S = 0.05
 
 
 def transport_for(
@@ -49,6 +51,7 @@ def transport_for(
     *,
     tree: bool = False,
     patient: bool = False,
+    home: tuple[Device, Stream] | None = None,
     limit_s: float = LIMIT_S,
     scratch_bytes: int = SCRATCH_BYTES,
     small_bytes: int = SMALL_BYTES,
@@ -69,6 +72,8 @@ def transport_for(
         Add in a binary tree over the ranks, wherever they are.
     patient : bool, default False
         Leave the core to the caller's other threads while a sum waits for other hosts.
+    home : (Device, Stream), optional
+        The GPU and the stream of a store that is there already; by default those of the rank.
     limit_s : float, optional
         How long a transfer among GPUs may make no way.
     scratch_bytes, small_bytes : int, optional
@@ -94,17 +99,22 @@ def transport_for(
     losses = losses or mpi.losses_of(comm)
     messenger = mpi.MpiMessenger(comm, topology, losses=losses)
     (gpus, nccl), sights = _look(messenger, find)
-    device = gpus.devices[places_of(topology, sights)[topology.rank]]
+    if home is None:
+        device = gpus.devices[places_of(topology, sights)[topology.rank]]
+        stream = device.stream()
+    else:  # some of the ranks of before, each where it was: what was checked then still holds
+        device, stream = home
     here = mpi.split(comm, topology.host, topology.rank, losses)
     lane = mpi.split(comm, topology.local_rank, topology.host, losses)
     waiting = Waiting.patient(losses.alarm) if patient else None
     flat = mpi.MpiTransport(comm, topology, waiting=waiting, losses=losses, tree=tree)
     flat.keep(here)
     flat.keep(lane)
-    nccl_comm = _join(messenger, here, nccl, device, limit_s)
-    member = Member(here.rank, device, device.stream(), nccl_comm)
+    nccl_comm = _join(messenger, here, nccl, device, limit_s, losses)
+    member = Member(here.rank, device, stream, nccl_comm)
     who = f"rank {topology.rank} of {topology.size}"
-    watch = Watch([nccl_comm] if nccl_comm else [], limit_s, who)
+    comms = [nccl_comm] if nccl_comm else []
+    watch = Watch(comms, limit_s, who, losses.alarm, survives=losses.survives)
     lanes = min(len(ranks) for ranks in topology.hosts)
 
     def make() -> GpuTransport:
@@ -151,7 +161,12 @@ def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sig
 
 
 def _join(
-    messenger: Messenger, here: MPI.Intracomm, nccl: Nccl, device: Device, limit_s: float
+    messenger: Messenger,
+    here: MPI.Intracomm,
+    nccl: Nccl,
+    device: Device,
+    limit_s: float,
+    losses: Losses,
 ) -> Communicator | None:
     """Make the communicator of this host's GPUs, by an id that its first rank gives the others."""
     if here.size == 1:
@@ -160,35 +175,55 @@ def _join(
         return None
     own_id = _on_all(messenger, lambda: nccl.unique_id() if here.rank == 0 else b"")
     unique_id = bytearray(own_id.ljust(UNIQUE_ID_BYTES, b"\0"))
-    here.Bcast(unique_id)
+    with losses:
+        here.Bcast(unique_id)
     size, rank = here.size, here.rank
 
     def init() -> Communicator:
-        return _within(limit_s, lambda: nccl.init_rank(size, bytes(unique_id), rank, device))
+        return _within(
+            limit_s, losses.alarm, lambda: nccl.init_rank(size, bytes(unique_id), rank, device)
+        )
 
     return _on_all(messenger, init, undo=lambda made: made.abort())
 
 
-def _within(limit_s: float, make: Callable[[], T]) -> T:
+def _within(limit_s: float, alarm: Alarm, make: Callable[[], Communicator]) -> Communicator:
     """Wait for a call that waits for others, but not for ever.
 
     Raises
     ------
+    WaitEndedError
+        One of the others is lost.
     CollectiveError
-        It has not come back in time; the thread that waits in it stays behind.
+        It has not come back in time; the thread that waits in it stays behind, and aborts what
+        it may still get.
     """
-    made: list[T] = []
+    made: list[Communicator] = []
     errors: list[Exception] = []
+    lock, is_awaited = threading.Lock(), [True]
 
     def run() -> None:
         try:
-            made.append(make())
+            one = make()
         except Exception as error:  # told by the thread that waits for this one
             errors.append(error)
+            return
+        with lock:
+            made.extend([one] if is_awaited else [])
+        if not made:
+            one.abort()
 
     thread = threading.Thread(target=run, name="kvcoll-nccl-init", daemon=True)
     thread.start()
-    thread.join(limit_s)
+    end = time.monotonic() + limit_s
+    try:
+        while thread.is_alive() and time.monotonic() < end:
+            thread.join(_LOOK_EVERY_S)
+            if thread.is_alive():
+                alarm.check()
+    finally:
+        with lock:
+            is_awaited.clear()
     if errors:
         raise errors[0]
     if not made:
@@ -212,7 +247,12 @@ def _on_all(
         made.append(make())
     except Exception as error:  # whatever it is, the other ranks wait to be told
         told = json.dumps([name_of(error), text_of(error)])
-    all_told = _texts_of_all(messenger, told)
+    try:
+        all_told = _texts_of_all(messenger, told)
+    except WaitEndedError:
+        if made and undo is not None:
+            undo(made[0])
+        raise
     errors = [(rank, json.loads(text)) for rank, text in enumerate(all_told) if text]
     if errors:
         if made and undo is not None:

@@ -8,12 +8,14 @@ host without any wait; what a sink gets is valid for work that it puts on that s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import NamedTuple, final
 
 import numpy as np
 
 from ..arrays import Array, DType, describe, wide
+from ..errors import DeviceError
 from ..gpu.array import DeviceArray, as_any, as_device
 from ..gpu.device import Device, Event, Gpus, Stream
 from ..sums import Order
@@ -25,6 +27,8 @@ from .watch import Watch
 # Up to how many bytes of all ranks of a host every rank adds everything: one call less.
 SMALL_BYTES = 256 << 10
 _STAGED_BYTES = 4 << 20
+_QUIET_WITHIN_S = 10.0  # what NCCL's kernels have to end once they were aborted
+_NAP_S = 1e-4
 
 
 class _Round(NamedTuple):
@@ -139,8 +143,14 @@ class GpuTransport(Transport):
         return self.beside.start_all_to_all(sent, received)
 
     def abort(self, why: str) -> None:
-        """Leave it to the transport beside."""
-        self.beside.abort(why)
+        """Leave it to the transport beside; once the alarm has sounded nobody waits any more."""
+        if not self.watch.is_told:
+            self.beside.abort(why)
+
+    @property
+    def for_host(self) -> Transport:
+        """The transport beside."""
+        return self.beside
 
     def close(self) -> None:
         """End NCCL's communicator once its work is done, then the transport beside.
@@ -185,6 +195,19 @@ class GpuTransport(Transport):
             Its work has failed, or does not end.
         """
         self.watch.wait(self.stream.record())
+
+    def was_cut(self) -> bool:
+        """Wait until NCCL has let go of the stream; say if it was in the midst of something."""
+        self.watch.give_up()
+        event, end = self.stream.record(), time.monotonic() + _QUIET_WITHIN_S
+        try:
+            while not event.done():
+                if time.monotonic() > end:
+                    return True
+                time.sleep(_NAP_S)
+        except DeviceError:
+            return True
+        return self.watch.was_cut
 
     def _sum(self, source: DeviceArray, out: DeviceArray) -> None:
         """Sum arrays of any size."""

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, final
 
 from .. import faults as hooks
@@ -131,7 +131,9 @@ class _Armed(hooks.Armed):
             self._arm()
         return value, is_made
 
-    def after_push(self, push: Push, stored: Callable[[Any], Sequence[Any]]) -> None:
+    def after_push(
+        self, push: Push, stored: Callable[[Any], AbstractContextManager[Sequence[Any]]]
+    ) -> None:
         """Let those strike that come after the push."""
         striking, self._striking = self._striking, []
         for fault in striking:

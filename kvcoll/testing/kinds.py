@@ -13,12 +13,14 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, final
 
 import numpy as np
 
-from ..arrays import Array, DType, as_array
+from ..arrays import Array, DType
 from ..errors import ArgumentError, KVCollError
 from ..faults import Push
 from ..schema import as_keys
@@ -175,7 +177,8 @@ class Reshape(Fault):
 
     def before(self, push: Push, value: Any) -> tuple[Any, bool]:
         """Change the shape."""
-        return _with(push.key, value, self.key, _reshaped), True
+        change = partial(_reshaped, push.at_host)
+        return _with(push.key, value, self.key, change), True
 
 
 @final
@@ -213,22 +216,25 @@ class Flip(Fault):
         """Flip a bit of a copy of the gradient."""
         if self.what != "gradient":
             return value, True
-        return _with(push.key, value, self.key, self._flipped), True
+        change = partial(self._flipped, push.at_host)
+        return _with(push.key, value, self.key, change), True
 
-    def after(self, push: Push, stored: Callable[[Any], Sequence[Array]]) -> None:
+    def after(
+        self, push: Push, stored: Callable[[Any], AbstractContextManager[Sequence[Array]]]
+    ) -> None:
         """Flip a bit of what is stored."""
         if self.what == "gradient":
             return
         key = as_keys(push.key)[0][place_of(push.key, self.key)]
-        value, *states = stored(key)
-        if self.what == "state" and not states:
-            raise ArgumentError(f"key {key!r} has no state whose bits could be flipped")
-        self._flip(states[0] if self.what == "state" else value)
+        with stored(key) as (value, *states):
+            if self.what == "state" and not states:
+                raise ArgumentError(f"key {key!r} has no state whose bits could be flipped")
+            self._flip(states[0] if self.what == "state" else value)
 
-    def _flipped(self, value: Any) -> Any:
+    def _flipped(self, at_host: Callable[[Any], Array], value: Any) -> Any:
         if isinstance(value, RowSparse):
-            return RowSparse(self._flipped(value.data), value.indices, value.shape)
-        changed: Array = np.array(as_array(value), order="C")
+            return RowSparse(self._flipped(at_host, value.data), value.indices, value.shape)
+        changed: Array = np.array(at_host(value), order="C")
         self._flip(changed.reshape(-1))
         return changed
 
@@ -329,10 +335,10 @@ def _with_first(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _reshaped(value: Any) -> Any:
+def _reshaped(at_host: Callable[[Any], Array], value: Any) -> Any:
     if isinstance(value, RowSparse):
         return RowSparse(value.data, value.indices, (value.shape[0] + 1, *value.shape[1:]))
-    array = as_array(value)
+    array = at_host(value)
     return array.reshape(*array.shape, 1)
 
 

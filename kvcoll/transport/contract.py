@@ -71,6 +71,25 @@ class Transport(ABC):
 
     topology: Topology
 
+    @property
+    def for_host(self) -> Transport:
+        """The one over the same ranks for arrays of the host."""
+        return self
+
+    def wait(self) -> None:
+        """Return once all sums and copies so far are there: calls that put them on a GPU do not.
+
+        Raises
+        ------
+        RankFailedError
+            They will not be.
+        """
+        return
+
+    def was_cut(self) -> bool:
+        """Let go of what is under way, as the alarm has sounded; say if there was anything."""
+        return False
+
     @abstractmethod
     def all_reduce(self, source: Array, out: Array) -> None:
         """Sum the ranks' arrays, the same bits on every rank.
