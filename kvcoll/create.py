@@ -439,9 +439,23 @@ def _recover(link: Link, limit_s: float) -> None:
             watching.go_on(survivor.store, link, ranks, number=number, lasts=link in _world)
 
 
+def _forget_unused() -> None:
+    """Let go of links whose stores are all closed, but not of lost ranks: the exit minds those."""
+    used = {
+        link.losses
+        for link in _links
+        if link in _world or link.ranks.has_open_store or link.losses.alarm.error is not None
+    }
+    for link in _links:
+        if link.losses not in used and link.lifeline is not None:
+            link.lifeline.close()
+    _links[:] = [link for link in _links if link.losses in used]
+
+
 def _new_link(comm: Any, limit_s: float) -> Link:
     from .transport import mpi
 
+    _forget_unused()
     own = mpi.duplicate(comm, limit_s)
     losses = mpi.losses_of(own)
     topology = mpi.topology_of(own, losses)

@@ -9,6 +9,7 @@ Rules of this file
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 LIMIT_S: Final = float(os.environ.get("KVCOLL_TEST_LIMIT_S", "60"))
 GRACE_S: Final = float(os.environ.get("KVCOLL_TEST_GRACE_S", "5"))
 PART: Final = os.environ.get("KVCOLL_TEST_PART", "")  # "single" or "others": only those tests
+ALL_SINGLE: Final = re.compile(r"^pytestmark = \[?pytest\.mark\.single\b", re.MULTILINE)
 COUNTS_FILE: Final = os.environ.get("KVCOLL_TEST_COUNTS")
 WORLD: Final = pytest.StashKey[World]()
 MARKERS: Final = (
@@ -74,6 +76,16 @@ class RankRunner:
         if self._muted:
             self._muted.close()
 
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Leave out whole files whose tests are for another run: to collect them takes seconds."""
+        if collection_path.suffix != ".py" or not collection_path.is_file():
+            return None
+        all_single = ALL_SINGLE.search(collection_path.read_text()) is not None
+        if not all_single or (self._world.size == 1 and PART != "others"):
+            return None
+        self._left_out += 1
+        return True
+
     def pytest_report_header(self) -> str:
         return self._world.why_no_mpi or f"ranks: {self._world.size}"
 
@@ -83,7 +95,7 @@ class RankRunner:
         kept = [item for item in items if _wants(item, self._world.size)]
         left_out = [item for item in items if item not in set(kept)]
         if left_out:
-            self._left_out = len(left_out)
+            self._left_out += len(left_out)
             self._config.hook.pytest_deselected(items=left_out)
             items[:] = kept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -250,3 +251,16 @@ def test_a_closed_store_gives_its_memory_back_once_another_is_made(comm: Any, ki
     with kvcoll.create(kind):
         gc.collect()
         assert closed() is None
+
+
+@pytest.mark.limit(20)
+def test_what_the_stores_of_a_communicator_share_is_let_go_once_others_are_made(comm: Any) -> None:
+    links = sys.modules["kvcoll.create"].__dict__["_links"]
+    own = comm.Dup()
+    for _ in range(2):
+        with kvcoll.create("dist_sync", comm=own) as kv:
+            kv.init(3, f32(1))
+        kept = len(links)
+    with kvcoll.create("dist_sync", comm=own), kvcoll.create("dist_async", comm=own):
+        assert len(links) == kept + 2  # one for each, that of the late store, and not the last one
+    own.Free()
