@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .transport.lifeline import Lifeline
 
 _NOT_ALL = "not all ranks that are left have it: it was being made or closed when one was lost"
-_CAME_THROUGH, _WELL = 1, 2  # bits of an agreement
+_CAME_THROUGH, _WELL, _WHOLE = 1, 2, 4  # bits of an agreement
+_ALL = _CAME_THROUGH | _WELL | _WHOLE
 
 
 @dataclass(eq=False)
@@ -236,12 +237,10 @@ def recover(link: Link, stores: Mapping[Recoverable, Link], limit_s: float) -> N
             base = mpi.regroup(base)
             attempt = _Attempt(link, base, stores, limit_s)
             bits = attempt.run()
-        if bits == _CAME_THROUGH | _WELL:
+        if bits == _ALL:
             break
         if bits is not None and not bits & _WELL:
-            raise attempt.error or RankFailedError(
-                "recover() failed on another rank, which has raised why"
-            )
+            raise attempt.error or _failed_elsewhere(bits)
     attempt.commit()
     link.guard_hosts()
 
@@ -264,18 +263,20 @@ class _Attempt:
         """Do all but what cannot fail; give what all ranks say of it, None if one has died."""
         from .transport import mpi
 
-        bits = _CAME_THROUGH | _WELL
+        bits = _ALL
         try:
             self._try()
         except WaitEndedError:
-            bits = _WELL
-        except Exception as error:  # whatever it is: the others wait to agree
+            bits = _WELL | _WHOLE
+        except NoWholeReplicaError as error:
             self.error, bits = error, _CAME_THROUGH
-        if bits != _CAME_THROUGH | _WELL:
+        except Exception as error:  # whatever it is: the others wait to agree
+            self.error, bits = error, _CAME_THROUGH | _WHOLE
+        if bits != _ALL:
             # Whoever waits in a call of this attempt comes out: it will not be completed.
             self._losses.alarm.sound(_not_through())
         agreed = mpi.agree(self._comm, bits)
-        if agreed != _CAME_THROUGH | _WELL:
+        if agreed != _ALL:
             self._losses.alarm.sound(_not_through())  # what it has made on GPUs is let go of
         return agreed
 
@@ -315,6 +316,16 @@ class _Attempt:
             self._commits.append(take_over)
         link_moves = partial(link.move, comm, topology, ranks, losses)
         self._commits += [link_moves, partial(link.count, n_made)]
+
+
+def _failed_elsewhere(bits: int) -> RankFailedError:
+    """Make the error of a rank that another one's has called off before it found the same."""
+    if bits & _WHOLE:
+        return RankFailedError("recover() failed on another rank, which has raised why")
+    return NoWholeReplicaError(
+        "no replica is whole, or the ranks have different updaters, as another rank was the first "
+        "to find: load a checkpoint; create(..., elastic=True) keeps replicas whole"
+    )
 
 
 def _not_through() -> WaitEndedError:

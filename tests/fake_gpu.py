@@ -47,12 +47,17 @@ class RuleBrokenError(AssertionError):
 
 def numpy_of(array: DeviceArray) -> npt.NDArray[Any]:
     """View the memory of a fake GPU as the work on it does; a test looks by `FakeGpus.read`."""
+    memory = _memory_of(array)
+    raw = memory.raw[array.address - memory.start :][: array.nbytes]
+    return raw.view(array.dtype).reshape(array.shape)
+
+
+def _memory_of(array: DeviceArray) -> _Memory:
     memory = array.owner
     while isinstance(memory, FakeArray):
         memory = memory.device_array.owner
     assert isinstance(memory, _Memory)
-    raw = memory.raw[array.address - memory.start :][: array.nbytes]
-    return raw.view(array.dtype).reshape(array.shape)
+    return memory
 
 
 def span_of(array: DeviceArray | HostArray) -> Span:
@@ -107,6 +112,9 @@ class _Work:
     tick: int
     label: str
     run: Callable[[], bool]
+    # Its bytes, not what frees them: memory may go before work of its stream, which on a GPU is
+    # done before that of those who get it next.
+    bytes_used: Sequence[npt.NDArray[np.uint8]]
     is_done: bool = False
 
 
@@ -321,7 +329,8 @@ class FakeGpus(Gpus):
             for arrays, is_write in ((reads, False), (writes, True)):
                 for array in arrays:
                     self._touch(_Touch(span_of(array), is_write, on.handle, tick, label), on, array)
-            work = on.last = _Work(on.handle, tick, label, run)
+            used = [_memory_of(a).raw for a in (*reads, *writes) if isinstance(a, DeviceArray)]
+            work = on.last = _Work(on.handle, tick, label, run, used)
             self.launches.append(label)
             self._queue.append(work)
         self.pump()
@@ -339,7 +348,7 @@ class FakeGpus(Gpus):
                     self.failure.__cause__ = error
                     return
                 done = self._queue.popleft()
-                done.is_done, done.run = True, _nothing  # what it used may go
+                done.is_done, done.run, done.bytes_used = True, _nothing, ()  # which may go
 
     def pump_in_background(self) -> None:
         """Go on also while the host does something else, as other processes may wait."""

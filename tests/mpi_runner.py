@@ -65,6 +65,9 @@ class RankRunner:
     def pytest_configure(self, config: pytest.Config) -> None:
         for marker in MARKERS:
             config.addinivalue_line("markers", marker)
+        # All ranks end at once, and each removes what it finds of older runs: what one could not
+        # remove, since another one just did, is no failure of any test.
+        config.addinivalue_line("filterwarnings", r"ignore:\(rm_rf\):pytest.PytestWarning")
         self._watchdog = Watchdog(self._world)  # pytest does not capture just now
         self._watchdog.watch("the collection of the tests", self._limit_s)
         self._muted = open(os.devnull, "w") if self._world.rank else None  # noqa: SIM115

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpus, RuleBrokenError
+from fake_gpu import FakeGpus, RuleBrokenError, numpy_of
 from host_kernel import needs_compiler
 
 from kvcoll.errors import DeviceError
@@ -141,6 +142,29 @@ def test_memory_may_go_once_its_stream_waits_for_the_others() -> None:
     first.wait(second.record())
     del array
     gc.collect()
+    gpus.finish()
+
+
+@needs_compiler
+def test_memory_that_went_is_given_to_nobody_while_work_of_its_stream_waits() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    stream = device.stream()
+    x, y = (device.empty(1000, np.float32, stream) for _ in range(2))
+    gpus.write(x, np.arange(1000), stream)
+    stream.synchronize()
+    may_go_on: list[bool] = []
+    gpus.put_part(stream, lambda: bool(may_go_on), (), (), "what other ranks are late for")
+    device.compile(TWICE).launch(1000, (x, y, np.float32(1)), stream)
+    bytes_of_x = weakref.ref(numpy_of(x).base)
+    del x  # as its stream allows
+    gc.collect()
+    others = [device.empty(1000, np.float32, stream) for _ in range(8)]
+    assert bytes_of_x() is not None
+    may_go_on.append(True)
+    np.testing.assert_array_equal(gpus.read(y, stream), 2 * np.arange(1000) + 1)
+    assert bytes_of_x() is None
+    del others
     gpus.finish()
 
 

@@ -184,6 +184,30 @@ except NoWholeReplicaError as error:
     assert said == ["returned 0", "returned 2", "well 0", "well 2"]
 
 
+def test_a_rank_that_the_others_call_off_raises_their_error_that_no_replica_is_whole(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        3,
+        DIES_IN_A_SUM.replace("ELASTIC", "False")
+        + """
+if rank == 0:
+    from kvcoll import recovery
+    def level(store, standings, ranks, transport):
+        ranks.tell("to nobody")  # who have found by then that there is no going on
+    recovery._level = level
+try:
+    kv.recover()
+except NoWholeReplicaError as error:
+    assert "elastic=True" in str(error)
+    say("well", rank)
+""",
+    )
+    assert said == ["returned 0", "returned 2", "well 0", "well 2"]
+
+
 def test_a_replica_that_is_not_whole_is_copied_from_one_that_is(
     mpirun: RunJob, tmp_path: Path
 ) -> None:

@@ -300,6 +300,35 @@ def test_a_rank_that_leaves_the_suite_alone_is_named(suite: Suite) -> None:
     assert "rank 1: the end of the run" in job.stderr
 
 
+def test_old_folders_of_pytests_that_several_runs_remove_at_once_fail_no_run(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DEBUG_TEMPROOT", str(tmp_path))
+    job = suite(
+        2,
+        """
+        import errno, os
+        from pathlib import Path
+
+        def test_makes_a_folder(tmp_path, monkeypatch):
+            for number in range(5):
+                (tmp_path.parents[1] / f"pytest-{number}").mkdir(exist_ok=True)
+
+        def rmdir(path, *args, real=os.rmdir, **options):
+            if "garbage-" in str(path):  # as where another process puts its lock there
+                Path(os.environ["PYTEST_DEBUG_TEMPROOT"], "refused").touch()
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            real(path, *args, **options)
+
+        os.rmdir = rmdir
+        """,
+    )
+    assert (tmp_path / "refused").exists()
+    assert job.returncode == 0
+    assert "1 passed" in job.stdout
+    assert "Warning" not in job.stdout + job.stderr
+
+
 def test_without_mpi_the_suite_runs_on_one_rank_and_says_what_is_missing(
     suite: Suite, tmp_path: Path
 ) -> None:
