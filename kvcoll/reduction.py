@@ -67,7 +67,7 @@ def transport_for(
     waiting = Waiting.patient(losses.alarm) if patient else None
     flat = mpi.MpiTransport(comm, topology, waiting=waiting, losses=losses, tree=tree)
     alone = topology.num_hosts == topology.size
-    if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not _is_level(topology)):
+    if alone or platform.machine() not in _ORDERED_MACHINES or (tree and not topology.is_level):
         return flat
     here = mpi.split(comm, topology.host, topology.rank, losses)
     flat.keep(here)
@@ -137,12 +137,3 @@ def lacks_shared_memory(transport: Transport) -> bool:
     share_a_host = topology.num_hosts < topology.size
     ordered = platform.machine() in _ORDERED_MACHINES
     return share_a_host and ordered and not isinstance(transport, (HostTransport, HostsTransport))
-
-
-def _is_level(topology: Topology) -> bool:
-    """Say whether a tree over all ranks is trees over each host's, and one over the hosts."""
-    if topology.num_hosts == 1:
-        return True
-    size = len(topology.hosts[0])
-    in_order = topology.host_of == tuple(rank // size for rank in range(topology.size))
-    return in_order and size & (size - 1) == 0

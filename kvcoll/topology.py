@@ -61,3 +61,12 @@ class Topology:
     def local_rank(self) -> int:
         """Give the place of this rank among the ranks of its host, from 0."""
         return self.ranks_on(self.host).index(self.rank)
+
+    @property
+    def is_level(self) -> bool:
+        """Whether a tree over all ranks is trees over each host's, and one over the hosts."""
+        if self.num_hosts == 1:
+            return True
+        size = len(self.hosts[0])
+        in_order = self.host_of == tuple(rank // size for rank in range(self.size))
+        return in_order and size & (size - 1) == 0

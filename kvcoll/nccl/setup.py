@@ -91,7 +91,7 @@ def transport_for(
     ArgumentError
         `tree`, and the ranks of a host are no whole branch of it.
     """
-    if tree and not is_level(topology):
+    if tree and not topology.is_level:
         raise ArgumentError(
             "reproducible sums on GPUs need as many ranks on each host, a power of two, and "
             f"ranks that follow one another there: these are on hosts {topology.host_of}"
@@ -137,15 +137,6 @@ def transport_for(
         if nccl_comm is not None:
             nccl_comm.abort()
         raise
-
-
-def is_level(topology: Topology) -> bool:
-    """Say whether a tree over all ranks is trees over each host's, and one over the hosts."""
-    if topology.num_hosts == 1:
-        return True
-    size = len(topology.hosts[0])
-    in_order = topology.host_of == tuple(rank // size for rank in range(topology.size))
-    return in_order and size & (size - 1) == 0
 
 
 def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sight]]:
