@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -46,6 +46,7 @@ _DISTRIBUTED = ("dist", "dist_sync", *_ON_GPUS, *_ASYNCS)
 _CREATE_LIMIT_S = 300.0
 _ALWAYS = "always"
 _FAULTS = "KVCOLL_FAULTS"
+_WAS_CALLED = "was called: leave it out, Python ends MPI when it ends"
 _NEEDS_THREADS = (
     "overlap and 'dist_async' need an MPI that several threads may call (MPI_THREAD_MULTIPLE): "
     "leave mpi4py.rc.thread_level as it is before mpi4py.MPI is imported, or take 'dist_sync'"
@@ -264,6 +265,7 @@ _links: list[Link] = []
 _world: list[Link] = []  # that of COMM_WORLD, once it is there
 # Held until they are closed, since others wait for them; each with by which link it agrees.
 _open_stores: list[tuple[Survivor, Link]] = []
+_have_left = False
 
 
 def _as_staleness(kind: str, staleness: object) -> int:
@@ -340,6 +342,8 @@ def _set_faults() -> None:
 def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVStore:
     from .transport import mpi
 
+    if mpi.was_finalized():
+        raise LaunchError(f"a distributed store needs MPI, but MPI.Finalize() {_WAS_CALLED}")
     world = mpi.default_communicator() if comm is None or mpi.is_world(comm) else None
     link = _new_link(comm, limit_s) if world is None else _world_link(world, limit_s)
     call, settings = options.settled(link.ranks)
@@ -455,6 +459,7 @@ def _forget_unused() -> None:
 def _new_link(comm: Any, limit_s: float) -> Link:
     from .transport import mpi
 
+    _mind_mpi_end()
     _forget_unused()
     own = mpi.duplicate(comm, limit_s)
     losses = mpi.losses_of(own)
@@ -482,9 +487,12 @@ def _world_link(world: MPI.Intracomm, limit_s: float) -> Link:
     return _world[0]
 
 
-@atexit.register
 def _leave_all() -> None:
     """Leave the stores that are open, all at once, so that no rank waits for this one."""
+    global _have_left
+    if _have_left:
+        return
+    _have_left = True
     error = vars(sys).get("last_value")  # what ended the program, if an exception did
     why = "" if error is None else f"{type(error).__name__}: {text_of(error)}"
     # The link of the world, even with no store open: others may be about to make one.
@@ -506,6 +514,29 @@ def _leave_all() -> None:
             exiting.arm()
             # The others may go on without the lost ranks, and then without this one.
             exiting.within_limit(partial(mpi.regroup, link.comm, stays=False))
+
+
+@cache
+def _mind_mpi_end() -> None:
+    from .transport import mpi
+
+    mpi.at_finalize(_before_mpi_ends)
+
+
+def _before_mpi_ends() -> None:
+    """Leave all stores: the program calls MPI_Finalize itself, and may do other work after it."""
+    _leave_all()
+    for survivor, _ in _open_stores:
+        survivor.store._end(f"MPI.Finalize() {_WAS_CALLED}")
+
+
+@atexit.register
+def _at_exit() -> None:
+    _leave_all()
+    if not _links:
+        return
+    from .transport import mpi
+
     exiting.finish(mpi.finalize, mpi.is_finalized)
     if _links[0].topology.rank == 0:
         exiting.say_ended()
@@ -523,9 +554,11 @@ def _leave(ranks: AcrossRanks, why: str) -> Generator[None, None, Exception | No
 
 
 def _forget_all() -> None:
+    global _have_left
     _links.clear()
     _world.clear()
     _open_stores.clear()
+    _have_left = False
     farewell.forget()
     watching.forget()
     exiting.forget()

@@ -1244,6 +1244,10 @@ KeyKindError, ArrayError
 
     # Inside -----------------------------------------------------------------------
 
+    def _end(self, why: str) -> None:
+        """Be closed from now on, with no word to other ranks: they know."""
+        self._guard.closed = self._guard.closed or why
+
     @contextmanager
     def _checked(self, name: str) -> Iterator[None]:
         """Tell the other ranks of a mistake that is found in the block."""

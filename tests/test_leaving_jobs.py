@@ -62,6 +62,7 @@ ENDINGS: dict[str, tuple[str, str, bool]] = {
     "ends early": ("pass", "", False),
     "raises": ("raise ZeroDivisionError('bad batch')", " (ZeroDivisionError: bad batch)", True),
     "calls sys.exit": ("sys.exit(5)", "", True),
+    "ends MPI": ("MPI.Finalize()", "", False),
     "leaves a with block by an exception": (
         "\n    with kv: raise LookupError('no data')",
         " (LookupError: no data)",
@@ -133,6 +134,33 @@ for kv in stores[::-1]:
         said = lines(job, rank)
         assert len(said) == 3
         assert all(f"rank {ranks - 1} left the store (ZeroDivisionError: b" in s for s in said)
+
+
+def test_stores_end_with_mpi_and_the_program_goes_on(mpirun: RunJob, tmp_path: Path) -> None:
+    body = """
+kv, closed = kvcoll.create("dist_sync"), kvcoll.create("dist_sync")
+kv.init(3, one)
+kv.push(3, one)
+closed.close()
+MPI.Finalize()
+for call in (lambda: kv.pull(3, out=one), lambda: kv.push(3, one), kv.barrier):
+    try:
+        call()
+    except StoreClosedError as error:
+        say(error)
+kv.close()
+try:
+    kvcoll.create("dist_sync")
+except LaunchError as error:
+    say(error)
+"""
+    job = run(mpirun, tmp_path, 2, body)
+    assert job.returncode == 0, job.stderr
+    assert job.stderr == ""
+    why = "MPI.Finalize() was called: leave it out, Python ends MPI when it ends"
+    no_more = f"a distributed store needs MPI, but {why}"
+    for rank in range(2):
+        assert lines(job, rank) == [*[f"the store was closed: {why}"] * 3, no_more]
 
 
 def test_stores_closed_by_all_ranks_end_quietly(mpirun: RunJob, tmp_path: Path) -> None:

@@ -204,12 +204,13 @@ import train
 rng = np.random.default_rng(5)
 params = {k: v.astype(np.float64) for k, v in train.init_params([6, 5, 4, 10], 3).items()}
 pixels, digits = rng.normal(size=(7, 6)), rng.integers(0, 10, 7)
+targets = np.eye(10)[digits]
 
 def loss():
     log_p = train.log_softmax(train.forward(params, pixels)[-1])
     return -log_p[np.arange(7), digits].sum()
 
-gradients = train.backward(params, pixels, digits)
+gradients = train.backward(params, pixels, targets)
 for name, value in params.items():
     for at in np.ndindex(value.shape):
         old, sides = value[at], []
@@ -219,7 +220,7 @@ for name, value in params.items():
         value[at] = old
         slope = (sides[0] - sides[1]) / 2e-6
         assert abs(gradients[name][at] - slope) < 1e-5, (name, at, gradients[name][at], slope)
-empty = train.backward(params, pixels[:0], digits[:0])
+empty = train.backward(params, pixels[:0], targets[:0])
 assert all(empty[name].shape == params[name].shape and not empty[name].any() for name in params)
 print("checked")
 """

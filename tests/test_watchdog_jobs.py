@@ -284,8 +284,6 @@ if size == 3:
     kv.close()
     MPI.Finalize()
     assert "kvcoll-watchdog" not in [t.name for t in threading.enumerate()]
-    say("done")
-    os._exit(0)
 say("done")
 """
     for ranks in (2, 3):

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
@@ -138,6 +138,24 @@ def is_finalized() -> bool:
     """Say whether MPI was not started, or has been ended."""
     mpi = import_mpi()
     return not mpi.Is_initialized() or bool(mpi.Is_finalized())
+
+
+def was_finalized() -> bool:
+    """Say whether MPI was ended, if it ever was imported."""
+    return "mpi4py.MPI" in sys.modules and bool(sys.modules["mpi4py.MPI"].Is_finalized())
+
+
+def at_finalize(step: Callable[[], None]) -> None:
+    """Have a step taken as MPI_Finalize begins, while MPI can still be called.
+
+    Notes
+    -----
+    MPI_Finalize begins by deleting the attributes of COMM_SELF. At the end of a process it comes
+    after Python's own end: then mpi4py calls nothing, and `atexit` must do.
+    """
+    mpi = import_mpi()
+    key = mpi.Comm.Create_keyval(delete_fn=lambda *_: step())
+    mpi.COMM_SELF.Set_attr(key, None)
 
 
 def allows_threads() -> bool:

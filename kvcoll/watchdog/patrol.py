@@ -115,7 +115,6 @@ _tracks: WeakKeyDictionary[AcrossRanks, Track] = WeakKeyDictionary()
 _thread: threading.Thread | None = None
 _stop = threading.Event()
 _look_s = 1.0
-_finalize_hook: int | None = None
 _held: HeldStack | None = None
 
 
@@ -175,14 +174,10 @@ def program_ends() -> None:
 
 def start(mpi: Any) -> None:
     """Begin to look, if nobody does."""
-    global _thread, _finalize_hook
+    global _thread
     if _thread is not None:
         return
     _stop.clear()
-    if _finalize_hook is None:
-        # MPI_Finalize begins with the attributes of COMM_SELF.
-        _finalize_hook = mpi.Comm.Create_keyval(delete_fn=lambda *_: stop())
-        mpi.COMM_SELF.Set_attr(_finalize_hook, None)
     _thread = threading.Thread(target=_run, name="kvcoll-watchdog", daemon=True)
     try:
         _thread.start()
