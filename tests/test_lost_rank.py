@@ -353,6 +353,37 @@ say("well", rank)
     assert said == ["well 0", "well 2"]
 
 
+def test_that_mpi_is_broken_is_the_same_error_on_every_rank_of_recover(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        4,
+        """
+from kvcoll.transport import mpi
+kv, check = stores()
+if rank == 1:
+    die()
+if rank == 3:
+    def sees_it(*ignored):
+        raise BrokenMPIError("collective calls of this MPI give wrong results")
+    mpi.check_collectives = sees_it
+until_lost(lambda: kv.push(["w", "v"], gradients(kv)))
+try:
+    kv.recover()
+except BrokenMPIError as error:
+    say(rank, error)
+""",
+    )
+    elsewhere = (
+        "MPI gave another rank, which says more, wrong results after the loss: go on from a "
+        "checkpoint in a new job"
+    )
+    here = "collective calls of this MPI give wrong results"
+    assert said == [f"0 {elsewhere}", f"2 {elsewhere}", f"3 {here}"]
+
+
 ENDINGS = {
     # What the ranks that are left do, the job's exit code, and what must stand on stderr.
     "an error that nobody catches": ("kv.push('v', np.ones(5))", 1, "RankLostError: rank 1"),
