@@ -16,7 +16,7 @@ from mpi_job import Job
 
 import kvcoll
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(60), pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(60), pytest.mark.long]
 
 # Has two checkpoints and saves a third, again and again; is killed at its n-th call of the system.
 KILLED = """

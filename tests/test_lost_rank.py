@@ -12,7 +12,7 @@ from mpi_job import Job, why_no_ft
 
 import kvcoll
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(60), pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(60), pytest.mark.long]
 
 RunJob = Callable[..., Job]
 LIMIT_S = 40.0
