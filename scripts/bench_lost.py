@@ -4,7 +4,7 @@
     mpirun --with-ft ulfm -np 4 python scripts/bench_lost.py --kill 2    # Open MPI 5
     mpirun -np 4 python scripts/bench_lost.py                            # any MPI: only the cost
 
-A rank that is killed writes down when it dies (CLOCK_MONOTONIC, one for all processes of a machine);
+A rank that is killed writes down when it dies (CLOCK_MONOTONIC: one for all processes of a host);
 the others are in pushes just then, and say when they know of it, and when the next push is done.
 """
 
