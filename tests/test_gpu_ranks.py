@@ -18,7 +18,7 @@ from quick_first import quick_first
 from raised_by_all import raised_by_all
 
 import kvcoll
-from kvcoll import KVStore, Watchdog, on_gpus
+from kvcoll import KVStore, Watchdog, mpi_takes, on_gpus
 from kvcoll.errors import ArgumentError, DeviceError, ShapeMismatchError, UpdaterError
 from kvcoll.nccl.watch import Watch
 
@@ -200,6 +200,16 @@ def test_a_limit_that_is_no_number_is_the_same_error_on_all_ranks(
     error = raised_by_all(comm, lambda: kvcoll.create("dist_device_sync"))
     assert type(error) is ArgumentError
     assert "KVCOLL_NCCL_LIMIT_S is a number of seconds above 0, or off, got 'soon'" in str(error)
+
+
+def test_a_way_to_mpi_that_is_none_is_the_same_error_on_all_ranks(
+    gpus: AnyGpus, comm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if comm.rank == comm.size - 1:
+        monkeypatch.setenv(mpi_takes.VARIABLE, "pinned")
+    error = raised_by_all(comm, lambda: kvcoll.create("dist_device_sync"))
+    assert type(error) is ArgumentError
+    assert "KVCOLL_GPU_MPI is auto, staged or direct, got 'pinned'" in str(error)
 
 
 def test_the_benchmark_measures_pushes_over_ranks(

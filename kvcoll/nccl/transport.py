@@ -65,6 +65,7 @@ class GpuTransport(Transport):
     stream : Stream
         On which all its work is done, and that of its sinks.
     beside : Transport
+    crossing : Crossing or None
     watch : Watch
     """
 
@@ -84,7 +85,7 @@ class GpuTransport(Transport):
         self.device: Device = member.device
         self.stream: Stream = member.stream
         self.beside, self._member, self._clique = beside, member, clique
-        self._order, self._crossing, self.watch = order, crossing, watch
+        self._order, self.crossing, self.watch = order, crossing, watch
         self._is_one_host = self.topology.num_hosts == 1
         self._small_bytes = small_bytes
         # Of the longest round: the part that this rank adds, before other hosts' are added, and
@@ -245,7 +246,7 @@ class GpuTransport(Transport):
         if member.rank in segments:
             low, high = bounds[member.rank]
             of_host = out[low:high]
-            if self._crossing is not None:
+            if self.crossing is not None:
                 dtype = wide(out.dtype)
                 place = self._of_host[number % 2]
                 of_host = place[: of_host.size * dtype.itemsize].view(dtype)
@@ -255,9 +256,9 @@ class GpuTransport(Transport):
     def _finish(self, now: _Round, out: DeviceArray) -> None:
         """Sum a round's segments over the hosts, and give them to all ranks."""
         rank = self._member.rank
-        if self._crossing is not None and now.of_host is not None and now.of_host.size:
+        if self.crossing is not None and now.of_host is not None and now.of_host.size:
             low, high = now.bounds[rank]
-            self._crossing.sum(now.of_host, out[low:high], now.ready, self.stream)
+            self.crossing.sum(now.of_host, out[low:high], now.ready, self.stream)
         self._clique.give({rank: out}, now.bounds)
 
     def _is_small(self, source: DeviceArray) -> bool:
