@@ -1,7 +1,7 @@
 """A GPU as the place of a store: its memory, one stream, and the work that is put on it.
 
 Rules of the file: all work is on one stream, so that it is in order; the host waits only for
-numbers that it must see (norms of keys, what is copied down). Memory on other GPUs of this
+what it must see, which is copied down. Memory on other GPUs of this
 process is brought here, or filled from here, by copies that the stream waits for.
 """
 
@@ -85,7 +85,7 @@ class GpuPlace(Place):
         self.launcher = Launcher(gpus, device, self.stream)
         self._staging = Staging(gpus, device, self.stream, patience=self.patience)
         self._side_streams: dict[int, Stream] = {}  # of other GPUs, to write to their memory
-        self._measured = Measured(self.empty_on_gpu, self.upload, self.download, self.launcher)
+        self._measured = Measured(gpus, device, self.stream, self.launcher)
         self._is_joined = False
         self._moves: list[tuple[DeviceArray, DeviceArray]] = []
         self._copies: list[tuple[Sequence[Array], Parts]] = []
@@ -312,31 +312,42 @@ class GpuPlace(Place):
         self._updates, self._updates_each = [], []
         for (_, dtype), (optimizer, work, apart) in groups.items():
             try:
+                trusts: list[DeviceArray | None] = []
                 if isinstance(optimizer, LayerWise):
-                    work = self._measured.with_trust(optimizer, dtype, work)
-                self._update_fused(optimizer, dtype, [*map(_as_each, work), *apart])
+                    work += [update for each in apart for update in _singly(each)]
+                    apart = []
+                    trusts = self._measured.trusts(optimizer, dtype, work)
+                each_of = [*map(_as_each, work), *apart]
+                self._update_fused(optimizer, dtype, each_of, trusts or [None] * len(each_of))
             except UntraceableError as error:
                 work += [update for each in apart for update in _singly(each)]
                 self._update_by_operations(optimizer, dtype, work, error)
 
-    def _update_fused(self, optimizer: Optimizer, dtype: DType, work: Sequence[UpdateEach]) -> None:
+    def _update_fused(
+        self,
+        optimizer: Optimizer,
+        dtype: DType,
+        work: Sequence[UpdateEach],
+        trusts: Sequence[DeviceArray | None],
+    ) -> None:
         traced: dict[Step, Traced] = {}
-        launches: dict[Program, list[tuple[UpdateEach, Traced]]] = {}
-        for update in work:
+        launches: dict[Program, list[tuple[UpdateEach, Traced, list[DeviceArray]]]] = {}
+        for update, trust in zip(work, trusts, strict=True):
             if update.step not in traced:
                 traced[update.step] = trace_step(optimizer, dtype, update.step)
             own = traced[update.step]
-            launches.setdefault(own.program, []).append((update, own))
+            scalars = [] if trust is None else [trust]
+            launches.setdefault(own.program, []).append((update, own, scalars))
         for program, updates in launches.items():
             tables, reads, writes = [], list[Sequence[DeviceArray]](), list[DeviceArray]()
             stored = {k for k, _ in program.stores}
-            for (weight, states, grads, _), own in updates:
+            for (weight, states, grads, _), own, scalars in updates:
                 flats = [as_device(array) for array in (weight.flat, *states)]
                 bases = [flat.address + weight.starts * flat.itemsize for flat in flats]
-                columns = [bases[0], _addresses(grads), *bases[1:]]
+                columns = [bases[0], _addresses(grads), *bases[1:], *map(_address, scalars)]
                 tables.append(columns_of(weight.sizes, columns, own.numbers))
                 extents = [_extent(flat, weight) for flat in flats]
-                reads += [extents, _devices(grads)]
+                reads += [extents, _devices(grads), scalars]
                 numbered = enumerate([extents[0], None, *extents[1:]])  # the gradient is only read
                 writes += [flat for k, flat in numbered if flat is not None and k in stored]
             self.launcher.launch(
@@ -440,6 +451,10 @@ def _singly(each: UpdateEach) -> Iterator[Update]:
     states = [Parts(flat, each.weight.starts, each.weight.sizes) for flat in each.states]
     for weight, grad, *own in zip(each.weight, each.grads, *states, strict=True):
         yield Update(weight, grad.reshape(-1), own, each.step)
+
+
+def _address(array: DeviceArray) -> Array:
+    return np.array([array.address], np.int64)
 
 
 def _addresses(arrays: Any) -> Array:

@@ -297,6 +297,26 @@ class FakeGpus(Gpus):
         on.synchronize()
         return seen[0]
 
+    @contextmanager
+    def held_up(self) -> Iterator[Callable[[], bool]]:
+        """Let no work be done in the block; a host that waits for some goes on after a while.
+
+        Gives what says whether all is held up still.
+        """
+        may_go_on: list[bool] = []
+        end = time.monotonic() + 20
+        stream = self.devices[0].current_stream()
+
+        def is_late() -> bool:
+            return bool(may_go_on) or time.monotonic() > end
+
+        work = self.put_part(stream, is_late, (), (), "what other ranks are late for")
+        try:
+            yield lambda: not work.is_done
+        finally:
+            may_go_on.append(True)
+            self.pump()
+
     def finish(self) -> None:
         """Check that all has come to its end and that no rule was broken."""
         assert not self.exposed, "memory was left exposed to MPI"

@@ -28,6 +28,7 @@ from .watch import Watch
 
 _MORE_SLOTS = 2  # one that comes down, and one that goes up
 _MINE, _SUMS = 0, 1
+_cut: list[Crossing] = []  # ended in the midst of a sum: MPI may still write to their memory
 
 
 @final
@@ -91,6 +92,14 @@ class Crossing:
         self._up.wait(ready)
         step = self._leg.sizes.segment_bytes // mine.itemsize
         pieces = [(k, min(k + step, mine.size)) for k in range(0, mine.size, step)]
+        try:
+            self._carry(mine, out, pieces)
+        except BaseException:
+            _cut.append(self)
+            raise
+        on.wait(self._up.record())
+
+    def _carry(self, mine: DeviceArray, out: DeviceArray, pieces: list[tuple[int, int]]) -> None:
         first, down = self._passed, list[Event]()
         started = finished = 0
         self._passed += len(pieces)
@@ -117,7 +126,6 @@ class Crossing:
                 self._watch.check()
                 self._watch.look()
                 self._waiting.pause()
-        on.wait(self._up.record())
 
     def _may_start(self, under_way: int, number: int, down: Event) -> bool:
         """Say whether the leg has room, the piece is here, and its place for the sum is free."""
