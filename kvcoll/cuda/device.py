@@ -128,8 +128,11 @@ class CupyDevice(Device):
 
     def plain(self, n_bytes: int) -> DeviceArray:
         """Take memory of no pool (cudaMalloc); see `Device.plain`."""
-        with self.here():
-            memory = self._cupy.cuda.Memory(n_bytes)
+        try:
+            with self.here():
+                memory = self._cupy.cuda.Memory(n_bytes)
+        except self._runtime.CUDARuntimeError as error:  # a pool would have made it a MemoryError
+            raise MemoryError(f"{self.name} has no {n_bytes} bytes more: {error}") from error
         return DeviceArray(memory.ptr, np.dtype(np.uint8), (n_bytes,), self.index, memory)
 
     def expose(self, array: DeviceArray, *, to_write: bool) -> Exposed:
