@@ -55,7 +55,8 @@ def why_not(device: int) -> str:
     """
     mpi = import_mpi()
     if _says(mpi.__file__) is False:
-        return f"{mpi.Get_library_version().split(',')[0].strip()} says that it does not"
+        vendor, version = mpi.get_vendor()
+        return f"{vendor} {'.'.join(map(str, version))} says that it does not"
     return tried(device)
 
 

@@ -90,11 +90,13 @@ class Measured:
         """
         by_step: dict[Step, list[int]] = {}
         for number, update in enumerate(work):
-            if update.step.adapts:
-                by_step.setdefault(update.step, []).append(number)
+            by_step.setdefault(update.step, []).append(number)
+        for step in by_step:
+            trace_step(optimizer, dtype, step)  # to raise before states are brought forward
         groups: dict[tuple[Program, Program], list[tuple[_Layer, list[int]]]] = {}
         for step, numbers in by_step.items():
-            trace_step(optimizer, dtype, step)  # to raise before states are brought forward
+            if not step.adapts:
+                continue
             layer = _Layer(trace_measure(optimizer, dtype, step), trace_trust(optimizer, step))
             own = layer.measure.program, layer.trust.program
             groups.setdefault(own, []).append((layer, numbers))
