@@ -32,6 +32,7 @@ class SlowLeg(Leg):
     """
 
     def __init__(self, sizes: LegSizes, looks: int = 3) -> None:
+        self.was_cut = False
         self.sizes = sizes
         self._looks = looks
         self._under_way: deque[tuple[Array, Array, int]] = deque()
@@ -43,6 +44,9 @@ class SlowLeg(Leg):
         out.view(np.uint8)[...] = 0x5A
         self._under_way.append((mine, out, self._looks))
         self.most_under_way = max(self.most_under_way, len(self._under_way))
+
+    def cut(self) -> None:
+        self.was_cut = True
 
     def finish_one(self) -> bool:
         if not self._under_way:
@@ -159,3 +163,4 @@ def test_what_fails_on_the_gpus_ends_the_wait_for_other_hosts() -> None:
     comm.error = "a link is down"  # type: ignore[attr-defined]
     with pytest.raises(CollectiveError, match="rank 0 of 2: NCCL: a link is down"):
         crossing.sum(mine, mine, stream.record(), stream)
+    assert leg.was_cut

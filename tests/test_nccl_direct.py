@@ -101,6 +101,8 @@ class NoLosses:
         trace: TracebackType | None,
     ) -> None: ...
 
+    def hold(self, *things: object) -> None: ...
+
 
 class Way:
     """One GPU, a stream, and a crossing in pieces of 8 float32: whole, or in two phases."""

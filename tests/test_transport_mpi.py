@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +12,12 @@ import numpy as np
 import pytest
 from transport_contract import TransportContract
 
-from kvcoll.errors import ArgumentError
+from kvcoll import reduction
+from kvcoll.errors import ArgumentError, LateRankError
 from kvcoll.topology import Topology
 from kvcoll.transport import mpi
 from kvcoll.transport.contract import Transport
+from kvcoll.transport.hosts import HostsTransport
 from kvcoll.transport.leg import LegSizes
 from kvcoll.transport.waiting import Waiting
 
@@ -124,3 +129,29 @@ def test_what_is_no_communicator_is_refused(comm: MPI.Intracomm, what: str) -> N
     }[what]
     with pytest.raises(ArgumentError, match=r"^comm must be an mpi4py intra-communicator"):
         mpi.duplicate(given, 30)
+
+
+@pytest.mark.ranks(at_least=2)
+@pytest.mark.parametrize("size_of_first_host", [1, 2])
+def test_memory_that_mpi_may_still_write_to_outlives_a_sum_that_was_cut_short(
+    comm: MPI.Intracomm, size_of_first_host: int
+) -> None:
+    # The last rank, on a host of its own, does not come.
+    n_first = min(size_of_first_host, comm.size - 1)
+    hosts = (0,) * n_first + tuple(range(1, comm.size - n_first + 1))
+    losses = mpi.losses_of(comm)
+    topology = Topology(comm.rank, hosts)
+    made = reduction.transport_for(mpi.duplicate(comm, 30), topology, losses)
+    assert isinstance(made, HostsTransport) == (n_first == 2)
+    leg = weakref.ref(made._leg if comm.rank == 0 else made)  # type: ignore[attr-defined]
+    if comm.rank < comm.size - 1:
+        timer = threading.Timer(0.2, losses.alarm.sound, [LateRankError("too late", [1])])
+        timer.start()
+        with pytest.raises(LateRankError, match="too late"):
+            made.all_reduce(np.ones(200_000), np.empty(200_000))
+        timer.join()
+    comm.Barrier()
+    del made, losses
+    gc.collect()
+    if comm.rank == 0:
+        assert leg() is not None

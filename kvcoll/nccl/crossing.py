@@ -96,6 +96,7 @@ class Crossing:
             self._carry(mine, out, pieces)
         except BaseException:
             _cut.append(self)
+            self._leg.cut()
             raise
         on.wait(self._up.record())
 

@@ -116,8 +116,12 @@ class GpuLeg(Leg):
             with self._device.here():
                 return self._finish_one()
         except self._error as error:
-            self._losses.hold(self)
+            self.cut()
             raise self._losses.meaning(error) from error
+
+    def cut(self) -> None:
+        """Hold itself, with all segments that are under way."""
+        self._losses.hold(self)
 
     def _finish_one(self) -> bool:
         while self._scattering and self._is_through(self._scattering[0]):

@@ -178,14 +178,19 @@ class HostsTransport(SharingTransport):
         at = _Stages(self._passed, carries=self._leg is not None, count=pieces.count)
         self._passed = at.end
         self._waiting.begin()
-        while at.given < at.end:
-            before = at.sum()
-            self._finish(at)
-            self._start(at, pieces, dtype)
-            self._give(at, pieces, dtype, sink)
-            self._stage(at, pieces)
-            if before == at.sum():
-                self._waiting.pause()
+        try:
+            while at.given < at.end:
+                before = at.sum()
+                self._finish(at)
+                self._start(at, pieces, dtype)
+                self._give(at, pieces, dtype, sink)
+                self._stage(at, pieces)
+                if before == at.sum():
+                    self._waiting.pause()
+        except BaseException:
+            if self._leg is not None:
+                self._leg.cut()
+            raise
 
     def _stage(self, at: _Stages, pieces: _Pieces) -> None:
         """Show this rank's elements to the others, where what they added is in the way no more."""

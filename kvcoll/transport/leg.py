@@ -122,6 +122,10 @@ class Leg(ABC):
     def finish_one(self) -> bool:
         """Push everything on; say whether the oldest segment is complete, and forget it."""
 
+    @abstractmethod
+    def cut(self) -> None:
+        """Keep for ever what MPI may still write to: a sum has ended in its midst."""
+
 
 @dataclass(slots=True)
 class _Segment:
@@ -192,8 +196,12 @@ class DirectLeg(Leg):
         try:
             return self._finish_one()
         except self._error as error:
-            self._losses.hold(self)
+            self.cut()
             raise self._losses.meaning(error) from error
+
+    def cut(self) -> None:
+        """Hold itself, with all segments that are under way."""
+        self._losses.hold(self)
 
     def _finish_one(self) -> bool:
         while self._scattering and self._test_all(self._scattering[0].requests):

@@ -26,6 +26,7 @@ _NAP_S: Final = 1e-3
 _SWITCH: Final = "OMPI_MCA_mpi_ft_enable"
 _COLLECTIVES: Final = "OMPI_MCA_coll"
 _ON: Final = ("1", "true", "yes", "t", "y", "enabled")
+_held: list[object] = []  # for ever
 
 
 def survives_losses(mpi: Any, environ: Mapping[str, str] = os.environ) -> bool:
@@ -80,7 +81,6 @@ class Losses:
         self.survives = comm.size > 1 and survives_losses(mpi)
         self._mpi, self._comm = mpi, comm
         self._error = mpi.Exception
-        self._held: list[object] = []
         if self.survives:
             self.watch(comm)
             alarm.look_by(self.look)
@@ -131,7 +131,7 @@ class Losses:
 
     def hold(self, *things: object) -> None:
         """Keep requests that were not completed, and their memory: MPI may still write to it."""
-        self._held.extend(things)
+        _held.extend(things)
 
     def __enter__(self) -> None:
         """Begin a block of calls of MPI."""

@@ -482,20 +482,24 @@ class MpiTransport(Transport):
         leg, depth, under_way = self._leg, self._leg.sizes.depth, deque[tuple[int, Array]]()
         step = leg.sizes.segment_bytes // wide(source.dtype).itemsize
         self._waiting.begin()
-        for number, start in enumerate(range(0, source.size, step)):
-            if len(under_way) == depth:
+        try:
+            for number, start in enumerate(range(0, source.size, step)):
+                if len(under_way) == depth:
+                    self._waiting.until(leg.finish_one)
+                    yield under_way.popleft()
+                mine = source[start : start + step]
+                if out is None:
+                    total = self._total(number % depth, mine.size, dtype)
+                else:
+                    total = out[start : start + step]
+                leg.start(mine, total)
+                under_way.append((start, total))
+            while under_way:
                 self._waiting.until(leg.finish_one)
                 yield under_way.popleft()
-            mine = source[start : start + step]
-            if out is None:
-                total = self._total(number % depth, mine.size, dtype)
-            else:
-                total = out[start : start + step]
-            leg.start(mine, total)
-            under_way.append((start, total))
-        while under_way:
-            self._waiting.until(leg.finish_one)
-            yield under_way.popleft()
+        except BaseException:
+            leg.cut()
+            raise
 
     def _total(self, place: int, n: int, dtype: DType) -> Array:
         total: Array = self._totals[place].view(dtype)
