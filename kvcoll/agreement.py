@@ -46,6 +46,7 @@ _LEFT = 3
 _JOINED = 4
 _FIRST = 16  # or-ed into every other digest, so that none is one of the words above
 _CLOSE = 0x5AFE5C105ED00000
+_LOOKS, _FILE_NAP_S = 100, 2e-3
 _STORE_STEP = 0x9E3779B97F4A7C15 & ~31  # leaves the words above what they are
 _MASK = 2**64 - 1
 _SOME_JOINED = 1 << 63  # a flag
@@ -70,6 +71,8 @@ class Call:
         them of which only rows are pushed.
     ends_push : bool
         Whether it is what the ranks agree on after the updates of a push: part of that.
+    is_of_files : bool
+        Whether a rank may come late to it since it works with a file.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Call:
     items: Iterable[str] = field(default=(), repr=False)
     keys: Any = field(default=None, repr=False)
     ends_push: bool = field(default=False, repr=False)
+    is_of_files: bool = field(default=False, repr=False)
 
     @property
     def is_push(self) -> bool:
@@ -363,7 +367,7 @@ class AcrossRanks(Agreement):
         if not call.ends_push:
             self.call = call
         own = (call.digest + store * _STORE_STEP) & _MASK | _FIRST
-        digest, joined = self._join(own, flags)
+        digest, joined = self._join(own, flags, is_patient=call.is_of_files)
         if joined & _SOME_JOINED:
             digest, joined = self._with_joined(digest, own, flags, call, store)
         elif call.keys is not None:
@@ -462,7 +466,7 @@ class AcrossRanks(Agreement):
             self._num_active = sum(text != b"null" for text in texts)
         return self._join(own, flags)
 
-    def _join(self, digest: int, flags: int) -> tuple[int, int]:
+    def _join(self, digest: int, flags: int, *, is_patient: bool = False) -> tuple[int, int]:
         if self._is_held:
             raise ThreadError(
                 "an updater may pull, but must not init, push, set, wait or close, "
@@ -477,7 +481,7 @@ class AcrossRanks(Agreement):
         number = self._number
         self._number = number + 1
         sent, received = self._sent, self._received
-        exchange = self._messenger.exchange
+        exchange = self._exchange_patiently if is_patient else self._messenger.exchange
         try:
             for dest, source in self._rounds:
                 _STATE.pack_into(sent, 0, digest, number, flags)
@@ -487,6 +491,22 @@ class AcrossRanks(Agreement):
         finally:
             self.passed = number + 1
         return digest, flags
+
+    def _exchange_patiently(
+        self, sent: bytearray, received: bytearray, dest: int, source: int
+    ) -> None:
+        """Exchange, and leave the core to others meanwhile.
+
+        Ranks that wait by offering their cores to one another, where there are more ranks than
+        cores, kept Linux 6.18 from syncing the file for which they waited, for a minute.
+        """
+        pending = self._messenger.start_exchange(sent, received, dest, source)
+        for _ in range(_LOOKS):
+            if pending.done():
+                return
+            time.sleep(0)
+        while not pending.done():
+            time.sleep(_FILE_NAP_S)
 
     def _verdict(self, mine: Report) -> Exception:
         return self._judged(self._reports(mine))

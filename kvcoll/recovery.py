@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, final
 
 from .agreement import AcrossRanks, Agreement
 from .arrays import Array
-from .errors import NoWholeReplicaError, RankFailedError, WaitEndedError
+from .errors import BrokenMPIError, NoWholeReplicaError, RankFailedError, WaitEndedError
 from .schema import Key
 from .topology import Topology
 from .transport.alarm import Alarm
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .transport.lifeline import Lifeline
 
 _NOT_ALL = "not all ranks that are left have it: it was being made or closed when one was lost"
-_CAME_THROUGH, _WELL, _WHOLE = 1, 2, 4  # bits of an agreement
-_ALL = _CAME_THROUGH | _WELL | _WHOLE
+_CAME_THROUGH, _WELL, _WHOLE, _RIGHT = 1, 2, 4, 8  # bits of an agreement
+_ALL = _CAME_THROUGH | _WELL | _WHOLE | _RIGHT
 
 
 @dataclass(eq=False)
@@ -267,11 +267,13 @@ class _Attempt:
         try:
             self._try()
         except WaitEndedError:
-            bits = _WELL | _WHOLE
+            bits = _ALL - _CAME_THROUGH
         except NoWholeReplicaError as error:
-            self.error, bits = error, _CAME_THROUGH
+            self.error, bits = error, _ALL - _WELL - _WHOLE
+        except BrokenMPIError as error:
+            self.error, bits = error, _ALL - _WELL - _RIGHT
         except Exception as error:  # whatever it is: the others wait to agree
-            self.error, bits = error, _CAME_THROUGH | _WHOLE
+            self.error, bits = error, _ALL - _WELL
         if bits != _ALL:
             # Whoever waits in a call of this attempt comes out: it will not be completed.
             self._losses.alarm.sound(_not_through())
@@ -320,12 +322,17 @@ class _Attempt:
 
 def _failed_elsewhere(bits: int) -> RankFailedError:
     """Make the error of a rank that another one's has called off before it found the same."""
-    if bits & _WHOLE:
-        return RankFailedError("recover() failed on another rank, which has raised why")
-    return NoWholeReplicaError(
-        "no replica is whole, or the ranks have different updaters, as another rank was the first "
-        "to find: load a checkpoint; create(..., elastic=True) keeps replicas whole"
-    )
+    if not bits & _RIGHT:
+        return BrokenMPIError(
+            "MPI gave another rank, which says more, wrong results after the loss: go on from a "
+            "checkpoint in a new job"
+        )
+    if not bits & _WHOLE:
+        return NoWholeReplicaError(
+            "no replica is whole, or the ranks have different updaters, as another rank was the "
+            "first to find: load a checkpoint; create(..., elastic=True) keeps replicas whole"
+        )
+    return RankFailedError("recover() failed on another rank, which has raised why")
 
 
 def _not_through() -> WaitEndedError:

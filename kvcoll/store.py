@@ -78,8 +78,8 @@ _MOST_PLANS = 4096
 _MOST_VARIANTS = 64
 _SET_UPDATER = Call("set_updater()", digest("set_updater"))
 _LOAD_STATES = Call("load_optimizer_states()", digest("load_optimizer_states"))
-_FILE_WRITTEN = Call("the end of save_optimizer_states()", digest("file written"))
-_FILE_READ = Call("the file of load_optimizer_states()", digest("file read"))
+_FILE_WRITTEN = Call("the end of save_optimizer_states()", digest("file written"), is_of_files=True)
+_FILE_READ = Call("the file of load_optimizer_states()", digest("file read"), is_of_files=True)
 _MEMORY_TAKEN = Call("the end of load_optimizer_states()", digest("memory taken"))
 
 

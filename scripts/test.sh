@@ -15,7 +15,7 @@ Tests that take some seconds each (marked long: training runs, checkpoints under
 doctor) are left out, unless KVCOLL_LONG_TESTS=yes.
 
 What it runs is mpirun -n RANKS python -m pytest ..., and it prints that line. At 1 rank two of them run at
-once: that of the tests which start jobs of their own (marked single) waits for those most of the time.
+once: that of the tests which start jobs of their own (marked jobs) waits for those most of the time.
 A run of one number of ranks is ended after KVCOLL_TEST_RUN_LIMIT_S seconds (default: 600).
 "
 
@@ -79,14 +79,14 @@ add_up() {
 }
 
 # Their own cache: two runs that end together would overwrite each other's list of failures.
-run_single_tests() {
+run_jobs_tests() {
     trap - INT # which a shell has what runs beside it ignore, and tests with it
-    KVCOLL_TEST_PART=single run 1 "$results/single" -o cache_dir=.pytest_cache/single
-    echo "$? $SECONDS" >"$results/single-ended"
+    KVCOLL_TEST_PART=jobs run 1 "$results/jobs" -o cache_dir=.pytest_cache/jobs
+    echo "$? $SECONDS" >"$results/jobs-ended"
 }
 
 for ranks in $all_ranks; do
-    : >"$results/counts" >"$results/single"
+    : >"$results/counts" >"$results/jobs"
     began=$SECONDS
     printf '\n== %s rank(s) ==\n' "$ranks"
     if [ "$ranks" -gt 1 ]; then
@@ -94,7 +94,7 @@ for ranks in $all_ranks; do
         add_up "$ranks rank(s)" $? $((SECONDS - began)) "$results/counts"
         continue
     fi
-    run_single_tests </dev/null >"$results/said" 2>&1 &
+    run_jobs_tests </dev/null >"$results/said" 2>&1 &
     beside=$!
     KVCOLL_TEST_PART=others run 1 "$results/counts"
     add_up "1 rank(s)" $? $((SECONDS - began)) "$results/counts"
@@ -102,8 +102,8 @@ for ranks in $all_ranks; do
     beside=
     printf '\n== 1 rank, tests that start jobs of their own ==\n'
     cat "$results/said"
-    read -r code ended <"$results/single-ended"
-    add_up "1 rank(s), with jobs of their own" "$code" $((ended - began)) "$results/single"
+    read -r code ended <"$results/jobs-ended"
+    add_up "1 rank(s), with jobs of their own" "$code" $((ended - began)) "$results/jobs"
 done
 
 printf '\n== summary: %s, %s cores ==\n' "$kvcoll_mpi" "$kvcoll_cores"

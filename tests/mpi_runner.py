@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 
 LIMIT_S: Final = float(os.environ.get("KVCOLL_TEST_LIMIT_S", "60"))
 GRACE_S: Final = float(os.environ.get("KVCOLL_TEST_GRACE_S", "5"))
-PART: Final = os.environ.get("KVCOLL_TEST_PART", "")  # "single" or "others": only those tests
-ALL_SINGLE: Final = re.compile(r"^pytestmark = \[?pytest\.mark\.single\b", re.MULTILINE)
+PART: Final = os.environ.get("KVCOLL_TEST_PART", "")  # "jobs" or "others": only those tests
+ALL_SINGLE: Final = re.compile(r"^pytestmark = \[?pytest\.mark\.(single|jobs)\b", re.MULTILINE)
+ALL_JOBS: Final = re.compile(r"^pytestmark = \[?pytest\.mark\.jobs\b", re.MULTILINE)
 COUNTS_FILE: Final = os.environ.get("KVCOLL_TEST_COUNTS")
 WORLD: Final = pytest.StashKey[World]()
 MARKERS: Final = (
     "ranks(at_least=1, exactly=None): the test is for this many ranks; it is left out elsewhere",
     "long: it takes some seconds; scripts/test.sh leaves it out unless KVCOLL_LONG_TESTS=yes",
-    "single: the test is for one rank only, as ranks(exactly=1); it may start jobs of its own",
+    "single: the test is for one rank only, as ranks(exactly=1)",
+    "jobs: the same, and it starts jobs of its own: scripts/test.sh runs others beside it",
     "limit(seconds): ends the run, with the stacks of all ranks, if the test takes longer",
 )
 
@@ -83,8 +85,14 @@ class RankRunner:
         """Leave out whole files whose tests are for another run: to collect them takes seconds."""
         if collection_path.suffix != ".py" or not collection_path.is_file():
             return None
-        all_single = ALL_SINGLE.search(collection_path.read_text()) is not None
-        if not all_single or (self._world.size == 1 and PART != "others"):
+        text = collection_path.read_text()
+        if self._world.size > 1:
+            is_for_another = ALL_SINGLE.search(text) is not None
+        elif PART == "jobs":
+            is_for_another = collection_path.name.startswith("test_") and "mark.jobs" not in text
+        else:
+            is_for_another = PART == "others" and ALL_JOBS.search(text) is not None
+        if not is_for_another:
             return None
         self._left_out += 1
         return True
@@ -191,8 +199,9 @@ class RankRunner:
 
 def _wants(item: pytest.Item, size: int) -> bool:
     """Tell whether a test is for a run of `size` ranks."""
-    is_single = item.get_closest_marker("single") is not None
-    if (is_single and size != 1) or (PART and is_single != (PART == "single")):
+    has_jobs = item.get_closest_marker("jobs") is not None
+    is_single = has_jobs or item.get_closest_marker("single") is not None
+    if (is_single and size != 1) or (PART and has_jobs != (PART == "jobs")):
         return False
 
     def fits(at_least: int = 1, exactly: int | None = None) -> bool:

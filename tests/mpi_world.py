@@ -94,5 +94,5 @@ def _poll(request: MPI.Request, while_waiting: Callable[[], None]) -> None:
     pause_s = 0.0
     while not request.Test():
         time.sleep(pause_s)
-        pause_s = min(pause_s + 0.0001, LONGEST_PAUSE_S)
+        pause_s = min(1.5 * pause_s + 1e-5, LONGEST_PAUSE_S)
         while_waiting()

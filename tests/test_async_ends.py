@@ -155,7 +155,7 @@ kvcoll.create("dist_async")
 }
 
 
-@pytest.mark.single
+@pytest.mark.jobs
 @pytest.mark.limit(60)
 @pytest.mark.parametrize("body", ENDS.values(), ids=list(ENDS))
 def test_the_job_ends_by_itself_and_says_why(mpirun: Callable[..., Job], body: str) -> None:

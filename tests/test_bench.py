@@ -25,7 +25,7 @@ from bench_report import ratios, show_s
 from bench_wire import Wire
 
 pytest.importorskip("matplotlib", reason="scripts/bench.py needs the extra bench")
-pytestmark = [pytest.mark.single, pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.long]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT = SCRIPTS / "bench.py"

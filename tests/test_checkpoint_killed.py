@@ -16,7 +16,7 @@ from mpi_job import Job
 
 import kvcoll
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(60), pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(60), pytest.mark.long]
 
 # Has two checkpoints and saves a third, again and again; is killed at its n-th call of the system.
 KILLED = """
@@ -129,7 +129,7 @@ def test_a_rank_that_is_killed_leaves_the_checkpoint_before(
     job = mpirun(2, "-c", ONE_DIES, tmp_path, call, str(victim), env=_paths())
     assert job.returncode != 0
     assert not job.timed_out
-    assert "00000002" in os.listdir(tmp_path)
+    assert "00000002" in os.listdir(tmp_path), job
     values, about = kvcoll.load(tmp_path)
     assert about.num_workers == 2
     assert about.path.endswith("00000001")

@@ -15,7 +15,7 @@ from mpi_job import clean_environment, run_job
 import kvcoll as package
 from kvcoll.cli import main
 
-pytestmark = pytest.mark.single
+pytestmark = pytest.mark.jobs
 
 
 def test_help_names_the_commands_and_what_each_is_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from doctor_job import CHECKOUT, Examined, examine, examine_alone, kvcoll, may_unshare, read
 from mpi_job import Job, clean_environment, is_open_mpi, own_mpirun, run_job
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(90), pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(90), pytest.mark.long]
 
 N_CORES: Final = os.cpu_count() or 1
 NEEDS_ROOT: Final = "namespaces need root"

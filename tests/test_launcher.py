@@ -224,6 +224,7 @@ def test_a_store_that_is_meant_to_have_one_rank_says_nothing(comm: object, code:
     assert "kvcoll" not in job.stderr
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_program_started_by_mpirun_is_told_nothing(
     mpirun: Callable[..., Job], ranks: int

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mpi_job import Job
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(40)]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(40)]
 
 RunJob = Callable[..., Job]
 # With three ranks each finds another one that is still there; two are a case of their own.

@@ -12,7 +12,7 @@ from mpi_job import Job, why_no_ft
 
 import kvcoll
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(60), pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(60), pytest.mark.long]
 
 RunJob = Callable[..., Job]
 LIMIT_S = 40.0
@@ -351,6 +351,37 @@ say("well", rank)
 """.replace('    kv.view("w").base[:5] = 9 if kv.view("w").base is not None else 0\n', ""),
     )
     assert said == ["well 0", "well 2"]
+
+
+def test_that_mpi_is_broken_is_the_same_error_on_every_rank_of_recover(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        4,
+        """
+from kvcoll.transport import mpi
+kv, check = stores()
+if rank == 1:
+    die()
+if rank == 3:
+    def sees_it(*ignored):
+        raise BrokenMPIError("collective calls of this MPI give wrong results")
+    mpi.check_collectives = sees_it
+until_lost(lambda: kv.push(["w", "v"], gradients(kv)))
+try:
+    kv.recover()
+except BrokenMPIError as error:
+    say(rank, error)
+""",
+    )
+    elsewhere = (
+        "MPI gave another rank, which says more, wrong results after the loss: go on from a "
+        "checkpoint in a new job"
+    )
+    here = "collective calls of this MPI give wrong results"
+    assert said == [f"0 {elsewhere}", f"2 {elsewhere}", f"3 {here}"]
 
 
 ENDINGS = {

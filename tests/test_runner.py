@@ -12,7 +12,7 @@ import pytest
 from mpi_job import Job, run_job_through_mpirun
 from mpi_watchdog import ABORT_CODE
 
-pytestmark = [pytest.mark.single, pytest.mark.limit(90)]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(90)]
 
 Suite = Callable[..., Job]
 SETTINGS = """

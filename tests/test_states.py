@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,25 @@ def test_pushes_that_still_run_behind_their_caller_are_in_the_file(
         kv.barrier()
         other.barrier()
         np.testing.assert_array_equal(kv.pull(1), other.pull(1))
+
+
+def test_ranks_that_wait_for_a_file_leave_their_cores_to_others(
+    comm: Any, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.2)
+        honest(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with kvcoll.create("dist_sync") as kv:
+        kv.init(1, np.ones(4, np.float32))
+        kv.set_optimizer("sgd", momentum=0.5)
+        kv.push(1, np.ones(4, np.float32))
+        for save in (kv.save_optimizer_states, kv.save):
+            began_s, cpu_s = time.monotonic(), time.thread_time()
+            save(shared_tmp_path / save.__name__)
+            took_s, cpu_s = time.monotonic() - began_s, time.thread_time() - cpu_s
+            assert took_s > 0.15
+            assert cpu_s < took_s / 3

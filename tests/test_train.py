@@ -21,7 +21,7 @@ import kvcoll
 
 for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = [pytest.mark.single, pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.long]
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 # The jobs use the kvcoll that the suite uses, be it installed or not.

@@ -17,7 +17,7 @@ import kvcoll
 
 for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = [pytest.mark.single, pytest.mark.limit(120), pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.limit(120), pytest.mark.long]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATHS = (SCRIPTS, Path(kvcoll.__file__).parents[1], os.environ.get("PYTHONPATH", ""))

@@ -10,7 +10,7 @@ from mpi_job import Job, why_no_ft
 
 import kvcoll
 
-pytestmark = [pytest.mark.single, pytest.mark.long, pytest.mark.limit(60)]
+pytestmark = [pytest.mark.jobs, pytest.mark.long, pytest.mark.limit(60)]
 
 PROGRAM = """
 import sys

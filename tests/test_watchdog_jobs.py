@@ -13,7 +13,7 @@ from mpi_job import Job, is_open_mpi, why_no_ft
 from kvcoll.transport.lifeline import LOST_CODE
 from kvcoll.watchdog import EXIT_CODE
 
-pytestmark = [pytest.mark.single, pytest.mark.long, pytest.mark.limit(90)]
+pytestmark = [pytest.mark.jobs, pytest.mark.long, pytest.mark.limit(90)]
 
 RunJob = Callable[..., Job]
 

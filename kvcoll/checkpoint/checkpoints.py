@@ -36,8 +36,8 @@ from .writing import Writing
 
 _PROBE = ".kvcoll-probe.tmp"
 _LONGEST_SHOWN = 60
-_CLOSE = Call("close()", digest("close, with a save under way"))
-_WAIT_SAVED = Call("wait_saved()", digest("wait_saved"))
+_CLOSE = Call("close()", digest("close, with a save under way"), is_of_files=True)
+_WAIT_SAVED = Call("wait_saved()", digest("wait_saved"), is_of_files=True)
 
 
 class _Place(NamedTuple):

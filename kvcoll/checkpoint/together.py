@@ -15,7 +15,7 @@ from ..schema import digest
 
 _FAILED = 1  # flags of an agreement
 _NOT = 2
-_STEP = Call("a step of save() or load()", digest("step of a checkpoint"))
+_STEP = Call("a step of save() or load()", digest("step of a checkpoint"), is_of_files=True)
 
 _Result = TypeVar("_Result")
 
