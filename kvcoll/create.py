@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from . import exiting, farewell, on_gpus, watching
+from . import exiting, farewell, mpi_takes, on_gpus, watching
 from ._version import __version__
 from .agreement import AcrossRanks, Agreement, Alone, Call
 from .base import OWN_NAMES, KVStoreBase, registered
@@ -350,6 +350,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     try:
         _set_faults()
         stall_s = on_gpus.stall_limit_s(os.environ, settings)
+        mpi_gets = mpi_takes.wanted(os.environ)
     except ArgumentError as error:
         link.ranks.refuse(call.name, error)
     is_async, overlaps = options.staleness is not None, options.overlaps_on(link.topology)
@@ -363,7 +364,9 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         transport: Transport
         border, joining = None, _joining_hosts(tree=options.reproducible, patient=patient)
         if options.is_on_gpus:
-            joining_gpus = on_gpus.Joining(tree=options.reproducible, limit_s=stall_s)
+            joining_gpus = on_gpus.Joining(
+                tree=options.reproducible, limit_s=stall_s, mpi_gets=mpi_gets
+            )
             joining_gpus.join(own, link.topology, link.losses)
             transport, border = joining_gpus.transport, joining_gpus.border
             joining = joining_gpus.again

@@ -1,7 +1,7 @@
 """A GPU as the place of a store: its memory, one stream, and the work that is put on it.
 
 Rules of the file: all work is on one stream, so that it is in order; the host waits only for
-numbers that it must see (norms of keys, what is copied down). Memory on other GPUs of this
+what it must see, which is copied down. Memory on other GPUs of this
 process is brought here, or filled from here, by copies that the stream waits for.
 """
 
@@ -29,10 +29,18 @@ from .kernels.moves import ADDED, MOVED, added, code_of, moved
 from .kernels.prelude import is_known
 from .kernels.steps import trace_step
 from .kernels.table import Chained, Piece, columns_of, joined, rows_of
-from .kernels.trace import Program, Traced, UntraceableError
+from .kernels.trace import Program, UntraceableError
+from .kernels.updates import (
+    Rows,
+    Whole,
+    addresses_of,
+    devices_of,
+    extent_of,
+    rows_of_parts,
+    rows_of_whole,
+)
 from .optimizer.base import PIECE_ELEMENTS, Optimizer
 from .optimizer.layerwise import LayerWise
-from .optimizer.step import Step
 from .place import Kept, Parts, Place, Update, UpdateEach
 from .schema import Spec
 
@@ -85,7 +93,7 @@ class GpuPlace(Place):
         self.launcher = Launcher(gpus, device, self.stream)
         self._staging = Staging(gpus, device, self.stream, patience=self.patience)
         self._side_streams: dict[int, Stream] = {}  # of other GPUs, to write to their memory
-        self._measured = Measured(self.empty_on_gpu, self.upload, self.download, self.launcher)
+        self._measured = Measured(gpus, device, self.stream, self.launcher)
         self._is_joined = False
         self._moves: list[tuple[DeviceArray, DeviceArray]] = []
         self._copies: list[tuple[Sequence[Array], Parts]] = []
@@ -312,35 +320,43 @@ class GpuPlace(Place):
         self._updates, self._updates_each = [], []
         for (_, dtype), (optimizer, work, apart) in groups.items():
             try:
+                trusts: Sequence[DeviceArray | None] = [None] * len(work)
                 if isinstance(optimizer, LayerWise):
-                    work = self._measured.with_trust(optimizer, dtype, work)
-                self._update_fused(optimizer, dtype, [*map(_as_each, work), *apart])
+                    work += [update for each in apart for update in _singly(each)]
+                    apart = []
+                    trusts = self._measured.trusts(optimizer, dtype, work)
+                self._update_fused(optimizer, dtype, work, apart, trusts)
             except UntraceableError as error:
                 work += [update for each in apart for update in _singly(each)]
                 self._update_by_operations(optimizer, dtype, work, error)
 
-    def _update_fused(self, optimizer: Optimizer, dtype: DType, work: Sequence[UpdateEach]) -> None:
-        traced: dict[Step, Traced] = {}
-        launches: dict[Program, list[tuple[UpdateEach, Traced]]] = {}
-        for update in work:
-            if update.step not in traced:
-                traced[update.step] = trace_step(optimizer, dtype, update.step)
+    def _update_fused(
+        self,
+        optimizer: Optimizer,
+        dtype: DType,
+        work: Sequence[Update],
+        apart: Sequence[UpdateEach],
+        trusts: Sequence[DeviceArray | None],
+    ) -> None:
+        steps = dict.fromkeys([*(update.step for update in work), *(each.step for each in apart)])
+        traced = {step: trace_step(optimizer, dtype, step) for step in steps}
+        programs = {step: own.program for step, own in traced.items()}
+        whole: dict[Program, list[Whole]] = {program: [] for program in programs.values()}
+        rows: dict[Program, list[Rows]] = {program: [] for program in whole}
+        for update, trust in zip(work, trusts, strict=True):
             own = traced[update.step]
-            launches.setdefault(own.program, []).append((update, own))
-        for program, updates in launches.items():
-            tables, reads, writes = [], list[Sequence[DeviceArray]](), list[DeviceArray]()
-            stored = {k for k, _ in program.stores}
-            for (weight, states, grads, _), own in updates:
-                flats = [as_device(array) for array in (weight.flat, *states)]
-                bases = [flat.address + weight.starts * flat.itemsize for flat in flats]
-                columns = [bases[0], _addresses(grads), *bases[1:]]
-                tables.append(columns_of(weight.sizes, columns, own.numbers))
-                extents = [_extent(flat, weight) for flat in flats]
-                reads += [extents, _devices(grads)]
-                numbered = enumerate([extents[0], None, *extents[1:]])  # the gradient is only read
-                writes += [flat for k, flat in numbered if flat is not None and k in stored]
+            whole[own.program].append(Whole(update, own, trust))
+        for each in apart:
+            own = traced[each.step]
+            rows[own.program].append(rows_of_parts(own.program, each, own))
+        for program, own_rows in rows.items():
+            if whole[program]:
+                own_rows.append(rows_of_whole(program, whole[program]))
             self.launcher.launch(
-                kernel_of(program), joined(tables), reads=Chained(reads), writes=writes
+                kernel_of(program),
+                joined([own.table for own in own_rows]),
+                reads=Chained([part for own in own_rows for part in own.reads]),
+                writes=[array for own in own_rows for array in own.writes],
             )
 
     def _update_by_operations(
@@ -390,9 +406,9 @@ class GpuPlace(Place):
         """Copy parts of flat memory, each to where an array lies on this GPU, in one kernel."""
         flat = as_device(sources.flat)
         starts = flat.address + sources.starts * flat.itemsize
-        table = columns_of(sources.sizes, [starts, outs.addresses], ())
+        table = columns_of(sources.sizes, [starts, outs.addresses])
         kernel = moved(flat.dtype, flat.dtype)
-        self.launcher.launch(kernel, table, reads=[_extent(flat, sources)], writes=outs)
+        self.launcher.launch(kernel, table, reads=[extent_of(flat, sources)], writes=outs)
 
     def _do_copies(self) -> None:
         copies, self._copies = self._copies, []
@@ -406,9 +422,9 @@ class GpuPlace(Place):
             for sources, outs in own_copies:
                 flat = as_device(outs.flat)
                 targets = flat.address + outs.starts * flat.itemsize
-                tables.append(columns_of(outs.sizes, [_addresses(sources), targets], ()))
-                reads.append(_devices(sources))
-                writes.append(_extent(flat, outs))
+                tables.append(columns_of(outs.sizes, [addresses_of(sources), targets]))
+                reads.append(devices_of(sources))
+                writes.append(extent_of(flat, outs))
             kernel = moved(dtype, other)
             self.launcher.launch(kernel, joined(tables), reads=Chained(reads), writes=writes)
 
@@ -431,28 +447,7 @@ def _arrays_of(update: Update) -> list[Array]:
     return [update.weight, update.grad, *update.states]
 
 
-def _as_each(update: Update) -> UpdateEach:
-    weight = Parts(update.weight, np.zeros(1, np.int64), np.array([update.weight.size], np.int64))
-    return UpdateEach(weight, update.states, [update.grad], update.step)
-
-
 def _singly(each: UpdateEach) -> Iterator[Update]:
     states = [Parts(flat, each.weight.starts, each.weight.sizes) for flat in each.states]
     for weight, grad, *own in zip(each.weight, each.grads, *states, strict=True):
         yield Update(weight, grad.reshape(-1), own, each.step)
-
-
-def _addresses(arrays: Any) -> Array:
-    if isinstance(arrays, ArraysAt):
-        return arrays.addresses
-    return np.array([array.address for array in arrays], np.int64)
-
-
-def _devices(arrays: Any) -> Sequence[DeviceArray]:
-    own: Sequence[DeviceArray] = arrays
-    return own
-
-
-def _extent(flat: DeviceArray, parts: Parts) -> DeviceArray:
-    """Give the memory from the lowest part to the end of the highest."""
-    return flat[int(parts.starts.min()) : int((parts.starts + parts.sizes).max())]

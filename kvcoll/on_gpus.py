@@ -136,6 +136,8 @@ class Joining:
         As for `nccl.setup.transport_for`.
     limit_s : float
         How long a transfer may make no way.
+    mpi_gets : str
+        How what crosses between hosts comes to MPI, as `mpi_takes.wanted` says.
 
     Attributes
     ----------
@@ -147,8 +149,8 @@ class Joining:
     transport: GpuTransport
     border: GpuBorder
 
-    def __init__(self, *, tree: bool, limit_s: float) -> None:
-        self._tree, self._limit_s = tree, limit_s
+    def __init__(self, *, tree: bool, limit_s: float, mpi_gets: str) -> None:
+        self._tree, self._limit_s, self._mpi_gets = tree, limit_s, mpi_gets
         # Kept until it takes over, or the alarm of an attempt that comes to nothing aborts it.
         self._tried: GpuTransport | None = None
 
@@ -199,7 +201,14 @@ class Joining:
         from .nccl import setup
 
         made = setup.transport_for(
-            comm, topology, find, losses, tree=self._tree, home=home, limit_s=self._limit_s
+            comm,
+            topology,
+            find,
+            losses,
+            tree=self._tree,
+            home=home,
+            limit_s=self._limit_s,
+            mpi_gets=self._mpi_gets,
         )
         _open.add(made)
         return made

@@ -119,7 +119,9 @@ read -r gpus nccl <<<"$(tail -n 1 <<<"$found")"
 say "on       $gpus GPU(s), NCCL $nccl; $(date -u +%F)"
 
 export KVCOLL_TEST_GPUS=real
-one=(tests/test_gpu_store.py tests/test_gpu_place.py)
+one=(tests/test_gpu_store.py tests/test_gpu_place.py tests/test_cuda_names.py)
+# The last two make hosts up, and so take the way through pinned memory and MPI, too.
+many=(tests/test_gpu_ranks.py tests/test_gpu_hosts.py tests/test_nccl_transport.py)
 if has pytest && has ml_dtypes; then
     step tests.txt "tests on one GPU or all of one process" \
         "$python" -m pytest -q -p no:cacheprovider -W default "${one[@]}"
@@ -166,7 +168,7 @@ else
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     if has pytest && has ml_dtypes; then
         step tests_ranks.txt "tests over $ranks ranks" \
-            "${launch[@]}" "$python" -m pytest -q -p no:cacheprovider -W default tests/test_gpu_ranks.py
+            "${launch[@]}" "$python" -m pytest -q -p no:cacheprovider -W default "${many[@]}"
     else
         skip "the tests over ranks" "pytest or ml_dtypes is not installed"
     fi

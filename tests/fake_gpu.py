@@ -8,7 +8,9 @@ the second one is put on its stream, whatever the order in which they would happ
 What the host must not do before work is done shows, too: a copy to the host fills its target
 with rubbish, and with the numbers only once the host has seen that the copy is done; the source
 of a copy from the host is compared when the copy is seen done; memory that goes while work
-which its stream does not wait for may still use it is an error.
+which its stream does not wait for may still use it is an error. Memory that is exposed to MPI
+counts as used by a stream of MPI's own, from when the host hands it over until it is withdrawn,
+and what MPI is to write holds rubbish at first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
 
@@ -29,7 +32,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from kvcoll.errors import ArrayError, DeviceError
 from kvcoll.gpu.array import DeviceArray
-from kvcoll.gpu.device import Device, Event, Gpus, HostArray, Stream
+from kvcoll.gpu.device import Device, Event, Exposed, Gpus, HostArray, Stream
 from kvcoll.gpu.kernel import Access, Argument, Kernel, KernelSource
 from kvcoll.nccl.watch import THREAD_NAME
 
@@ -124,6 +127,13 @@ class _Download:
     out: HostArray
     numbers: HostArray
 
+    def lay_over(self, raw: npt.NDArray[np.uint8], span: Span) -> None:
+        """Write what came down into a copy of the bytes of a span, where both meet."""
+        own, start = span_of(self.out), span[0]
+        low, high = max(own[0], start), min(own[1], span[1])
+        came = self.numbers.reshape(-1).view(np.uint8)
+        raw[low - start : high - start] = came[low - own[0] : high - own[0]]
+
 
 @dataclass
 class _Upload:
@@ -171,6 +181,17 @@ class FakeStream(Stream):
         self.record().synchronize()
 
 
+@final
+class FakeExposed(Exposed):
+    def __init__(self, gpus: FakeGpus, array: DeviceArray, stream: int, tick: int) -> None:
+        self.address, self.n_bytes = array.address, array.nbytes
+        self.stream, self.tick = stream, tick
+        self._gpus, self._array = gpus, array
+
+    def withdraw(self) -> None:
+        self._gpus.withdraw(self)
+
+
 def merge(clock: Clock, other: Clock) -> None:
     """Let what is before `other` be before `clock`, too."""
     for stream, tick in other.items():
@@ -200,6 +221,9 @@ class FakeGpus(Gpus):
         self._downloads: list[_Download] = []
         self._uploads: list[_Upload] = []
         self._n_streams = 0
+        self.exposed: list[FakeExposed] = []
+        self._mpi_streams: dict[int, int] = {}  # those that MPI does not use now, with their ticks
+        self.n_host_waits = 0  # for work that was not known to be done
         self._ticker: threading.Thread | None = None
         self.is_finished = False
         self.failure: Exception | None = None  # of a device: all that waits raises it
@@ -273,8 +297,29 @@ class FakeGpus(Gpus):
         on.synchronize()
         return seen[0]
 
+    @contextmanager
+    def held_up(self) -> Iterator[Callable[[], bool]]:
+        """Let no work be done in the block; a host that waits for some goes on after a while.
+
+        Gives what says whether all is held up still.
+        """
+        may_go_on: list[bool] = []
+        end = time.monotonic() + 20
+        stream = self.devices[0].current_stream()
+
+        def is_late() -> bool:
+            return bool(may_go_on) or time.monotonic() > end
+
+        work = self.put_part(stream, is_late, (), (), "what other ranks are late for")
+        try:
+            yield lambda: not work.is_done
+        finally:
+            may_go_on.append(True)
+            self.pump()
+
     def finish(self) -> None:
         """Check that all has come to its end and that no rule was broken."""
+        assert not self.exposed, "memory was left exposed to MPI"
         self.wait_for(self._queue[-1] if self._queue else None)
         self.is_finished = True
         with self._lock:
@@ -364,6 +409,8 @@ class FakeGpus(Gpus):
             self._ticker.start()
 
     def wait_for(self, work: _Work | None) -> None:
+        """Wait on the host, as a program that must not wait says how often it did."""
+        self.n_host_waits += 1
         while work is not None and not work.is_done:
             self.pump()
             if self.failure is not None:
@@ -402,18 +449,45 @@ class FakeGpus(Gpus):
     def upload(self, source: HostArray, out: DeviceArray, on: Stream) -> None:
         with self._lock:
             numbers = np.array(source, subok=False)
-            for download in self._downloads:
-                if _overlap(download.out, source):
-                    # In the order of streams, without the host: it is seen by the copy only.
-                    download.out[...] = download.numbers
-                    numbers = np.array(source, subok=False)
             raw = numbers.reshape(-1).view(np.uint8)
+            # What came down, unseen by the host: this copy finds it, in the order of streams.
+            unseen = [d for d in self._downloads if _overlap(d.out, source)]
 
             def run() -> None:
+                for download in unseen:
+                    download.lay_over(raw, span_of(source))
                 numpy_of(out).reshape(-1).view(np.uint8)[...] = raw
 
             work = self.put(on, run, (source,), (out,), "upload")
             self._uploads.append(_Upload(work, source, numbers))
+
+    def expose(self, array: DeviceArray, *, to_write: bool) -> FakeExposed:
+        """Let MPI use memory, as a piece of work of one stream more."""
+        with self._lock:
+            handle, tick = self._mpi_streams.popitem() if self._mpi_streams else (0, 0)
+            if not handle:
+                self._n_streams += 1
+                handle = self._n_streams
+            stream = FakeStream(self, array.device, handle)
+            stream.clock = {**self._host, handle: tick + 1}
+            start = self._starts[bisect.bisect_right(self._starts, array.address) - 1]
+            if self._records[start].stream is not None:
+                self.break_rule(f"MPI gets {array!r}, which is a pool's")
+            touch = _Touch(span_of(array), to_write, handle, tick + 1, "MPI")
+            self._touch(touch, stream, array)
+            if to_write:
+                numpy_of(array).reshape(-1).view(np.uint8)[...] = _RUBBISH
+            made = FakeExposed(self, array, handle, tick + 1)
+            self.exposed.append(made)
+            return made
+
+    def withdraw(self, exposed: FakeExposed) -> None:
+        with self._lock:
+            if exposed not in self.exposed:
+                self.break_rule("memory is withdrawn from MPI twice")
+            self.exposed.remove(exposed)
+            self._host[exposed.stream] = exposed.tick
+            self._mpi_streams[exposed.stream] = exposed.tick
 
     def break_rule(self, what: str) -> None:
         self.broken.append(what)
@@ -486,6 +560,7 @@ class FakeDevice(Device):
         self._gpus = gpus
         self.users_stream: FakeStream = self.stream()
         self._kernels: dict[KernelSource, Kernel] = {}
+        self._is_current = 0
 
     def stream(self) -> FakeStream:
         self._gpus._n_streams += 1
@@ -501,6 +576,23 @@ class FakeDevice(Device):
         n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         memory = self._gpus.take(n_bytes, self.index, on)
         return DeviceArray(memory.start, np.dtype(dtype), shape, self.index, memory)
+
+    def plain(self, n_bytes: int) -> DeviceArray:
+        memory = self._gpus.take(n_bytes, self.index, None)
+        return DeviceArray(memory.start, np.dtype(np.uint8), (n_bytes,), self.index, memory)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        self._is_current += 1
+        try:
+            yield
+        finally:
+            self._is_current -= 1
+
+    def expose(self, array: DeviceArray, *, to_write: bool) -> Exposed:
+        if not self._is_current or array.device != self.index:
+            self._gpus.break_rule(f"MPI gets {array!r} while its GPU is not the current one")
+        return self._gpus.expose(array, to_write=to_write)
 
     def copy(self, source: DeviceArray, out: DeviceArray, on: Stream) -> None:
         self._check(on, out)

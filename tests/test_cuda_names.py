@@ -18,15 +18,15 @@ import pytest
 
 import kvcoll
 from kvcoll import optimizer as optimizers
-from kvcoll.arrays import is_small_float
+from kvcoll.arrays import is_small_float, wide
 from kvcoll.cuda import device as cuda_device
 from kvcoll.errors import DeviceError
 from kvcoll.gpu.kernel import KernelSource
 from kvcoll.kernels.adding import added_rows
 from kvcoll.kernels.fused import kernel_of
 from kvcoll.kernels.moves import added, moved
-from kvcoll.kernels.norms import summing, walking
-from kvcoll.kernels.steps import trace_measure, trace_step
+from kvcoll.kernels.norms import folding, summing, trusting, walking
+from kvcoll.kernels.steps import trace_measure, trace_step, trace_trust
 from kvcoll.optimizer.layerwise import LayerWise
 from kvcoll.optimizer.step import Step
 
@@ -179,8 +179,9 @@ def updates(name: str, dtypes: Sequence[np.dtype[Any]]) -> Iterator[KernelSource
             step = Step(0.1, 0.01, 3, trust=0.5)
             yield kernel_of(trace_step(optimizer, dtype, step).program)
             if isinstance(optimizer, LayerWise):
-                program = trace_measure(optimizer, dtype, step).program
-                yield from (summing(program), walking(program))
+                program, _, sums = trace_measure(optimizer, dtype, step)
+                yield from (summing(program), folding(program), walking(program))
+                yield trusting(trace_trust(optimizer, step).program, wide(dtype), tuple(sums))
 
 
 def test_kernels_compile_with_the_options_that_keep_every_bit(cupy: Any) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from doctor_job import CHECKOUT
 
-from kvcoll.doctor import gpus, probe, push, reach, software
+from kvcoll import apart, mpi_takes
+from kvcoll.doctor import gpus, push, reach, software
 from kvcoll.doctor.facts import Facts
 from kvcoll.doctor.links import rounds_of
 from kvcoll.doctor.notes import Notes, name_of_job
 
 pytestmark = pytest.mark.single
 
-# CuPy as far as the probe uses it, on the CPU; WHERE is what MPI is told of its memory.
+# CuPy as far as the probes use it, on the CPU; WHERE is what MPI is told of its memory.
 FAKE_CUPY = """
 import numpy
 from . import cuda
@@ -29,11 +31,12 @@ class Array:
     def sum(self): return Array(self.host.sum())
     def get(self): return self.host
     @property
-    def __cuda_array_interface__(self):
-        own = self.host.__array_interface__
-        own = {name: own[name] for name in ("shape", "typestr", "data")}
+    def data(self):
         where = WHERE
-        return own | {"version": 3, "data": (own["data"][0] if where is None else where, False)}
+        return Pointer(self.host.ctypes.data if where is None else where)
+class Pointer:
+    def __init__(self, ptr): self.ptr = ptr
+def asarray(host): return Array(host.copy())
 def arange(n, dtype=None): return Array(numpy.arange(n, dtype=dtype))
 def zeros(n, dtype=None): return Array(numpy.zeros(n, dtype))
 """
@@ -41,19 +44,21 @@ FAKE_CUDA = """
 from . import nccl
 class Stream:
     def synchronize(self): pass
+class Device:
+    def __init__(self, number): self.number = number
+    def use(self): assert self.number == 1
 def get_current_stream(): return Stream()
 def is_available(): return True
 """
 
 
-def fake_cupy(folder: Path, where: str) -> dict[str, str]:
-    """Write a CuPy whose arrays lie in host memory; give the environment that finds it."""
+def fake_cupy(folder: Path, where: str) -> None:
+    """Write a CuPy whose arrays lie in host memory."""
     cuda = folder / "cupy" / "cuda"
     cuda.mkdir(parents=True)
     (cuda.parent / "__init__.py").write_text(FAKE_CUPY.replace("WHERE", where))
     (cuda / "__init__.py").write_text(FAKE_CUDA)
     (cuda / "nccl.py").write_text("available = True\ndef get_version(): return 23203\n")
-    return probe.without_launcher() | {"PYTHONPATH": str(CHECKOUT)}
 
 
 def test_what_cupy_says_of_itself_and_of_nccl_is_read(
@@ -74,11 +79,10 @@ def test_whether_mpi_takes_device_memory_is_tried_in_a_process_that_may_die_of_i
     where: str,
     takes: bool,
 ) -> None:
-    env = fake_cupy(tmp_path, where)
+    fake_cupy(tmp_path, where)
     monkeypatch.syspath_prepend(str(tmp_path))
-    answer, why = probe.ask("kvcoll.doctor.gpu_probe", "mpi", limit_s=40, env=env)
-    assert answer == ({"mpi_takes": "yes"} if takes else {})
-    assert takes or why.startswith(("signal", "exit code"))
+    why = mpi_takes.tried(1)
+    assert why == "" if takes else why.startswith(("signal", "exit code"))
 
 
 def test_without_a_gpu_nothing_of_it_is_tried() -> None:
@@ -103,12 +107,34 @@ def test_how_a_probe_ended_is_told(
 ) -> None:
     (tmp_path / "dying.py").write_text(f"def main():\n    {code}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert probe.ask("dying", limit_s=2) == ({}, words)
+    assert apart.ask("dying", limit_s=2) == ({}, words)
+
+
+def test_those_that_a_probe_has_started_end_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys, time\n"
+        "def main(path):\n"
+        "    own = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "    open(path, 'w').write(str(own.pid))\n"
+        "    time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, began = tmp_path / "pid", time.monotonic()
+    assert apart.ask("parent", str(path), limit_s=5) == ({}, "it did not end within 5 s")
+    assert time.monotonic() - began < 40
+    stat = Path(f"/proc/{path.read_text()}/stat")
+    for _ in range(100):  # it is gone, or waits for whoever inherits it to take note
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it goes on")
 
 
 def test_a_probe_is_no_rank_of_the_job() -> None:
     told = {"PMI_RANK": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_MCA_btl": "self", "HOME": "/"}
-    assert probe.without_launcher(told) == {"OMPI_MCA_btl": "self", "HOME": "/"}
+    assert apart.without_launcher(told) == {"OMPI_MCA_btl": "self", "HOME": "/"}
 
 
 def test_notes_are_read_by_others_and_leave_nothing(tmp_path: Path) -> None:
@@ -201,6 +227,6 @@ def test_secrets_of_the_environment_are_not_shown() -> None:
 
 
 def test_a_probe_runs_the_kvcoll_of_this_process() -> None:
-    assert str(CHECKOUT) in probe.command("kvcoll.doctor.trial", "load")[2]
-    assert probe.command("x")[0] == sys.executable
+    assert str(CHECKOUT) in apart.command("kvcoll.doctor.trial", "load")[2]
+    assert apart.command("x")[0] == sys.executable
     assert os.path.samefile(software.FOLDER, CHECKOUT / "kvcoll")

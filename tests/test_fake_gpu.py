@@ -11,6 +11,8 @@ from fake_gpu import FakeGpus, RuleBrokenError, numpy_of
 from host_kernel import needs_compiler
 
 from kvcoll.errors import DeviceError
+from kvcoll.gpu.array import DeviceArray
+from kvcoll.gpu.device import Exposed
 from kvcoll.gpu.kernel import Access, KernelSource, Parameter
 
 pytestmark = pytest.mark.single
@@ -107,6 +109,106 @@ def test_the_source_of_a_copy_from_the_host_must_not_change_before_it_is_done() 
     host[1] = 5
     with pytest.raises(RuleBrokenError, match="the host changed memory"):
         stream.synchronize()
+
+
+def test_what_came_down_goes_up_in_the_order_of_streams_and_the_host_does_not_see_it() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    stream = device.stream()
+    array, out = (device.empty(6, np.int32, stream) for _ in range(2))
+    host = gpus.pinned(24).view(np.int32)
+    host[:] = 0
+    may_go_on: list[bool] = []
+    gpus.write(array, [3, 1, 4, 1, 5, 9], stream)
+    gpus.put_part(stream, lambda: bool(may_go_on), (), (), "what other ranks are late for")
+    device.download(array[:4], host[1:5], stream)
+    device.upload(host, out, stream)
+    assert 3 not in host.tolist()  # neither has begun
+    may_go_on.append(True)
+    gpus.pump()
+    assert 3 not in host.tolist()  # both are done, but the host has not seen it
+    assert gpus.read(out, stream).tolist() == [0, 3, 1, 4, 1, 0]
+    assert host.tolist() == [0, 3, 1, 4, 1, 0]
+    gpus.finish()
+
+
+def test_what_came_down_on_another_stream_goes_up_after_an_event_only() -> None:
+    gpus = FakeGpus(1)
+    device = gpus.devices[0]
+    first, second = device.stream(), device.stream()
+    array, host = device.empty(4, np.int32, first), gpus.pinned(16).view(np.int32)
+    out = device.empty(4, np.int32, second)
+    gpus.write(array, [3, 1, 4, 1], first)
+    device.download(array, host, first)
+    with pytest.raises(RuleBrokenError, match=r"upload on stream .* reads what download"):
+        device.upload(host, out, second)
+    second.wait(first.record())
+    device.upload(host, out, second)
+    assert gpus.read(out, second).tolist() == [3, 1, 4, 1]
+
+
+def exposed_to_mpi(gpus: FakeGpus, array: DeviceArray, *, to_write: bool) -> Exposed:
+    with gpus.devices[0].here():
+        return gpus.devices[0].expose(array, to_write=to_write)
+
+
+def test_mpi_gets_memory_only_once_the_host_has_seen_the_work_on_it_done() -> None:
+    gpus = FakeGpus(1)
+    stream = gpus.devices[0].stream()
+    array = gpus.devices[0].plain(8)
+    gpus.write(array, np.arange(8), stream)
+    for to_write in (False, True):
+        with pytest.raises(RuleBrokenError, match=r"MPI on stream .*nothing says which is first"):
+            exposed_to_mpi(gpus, array, to_write=to_write)
+    stream.synchronize()
+    reads = [exposed_to_mpi(gpus, array, to_write=False) for _ in range(2)]
+    assert gpus.read(array, stream).tolist() == list(range(8))  # who reads beside does no harm
+    with pytest.raises(RuleBrokenError, match=r"write on stream .* writes what MPI"):
+        gpus.write(array, np.arange(8), stream)
+    for one in reads:
+        one.withdraw()
+    gpus.write(array, np.arange(8), stream)
+
+
+def test_what_mpi_writes_is_read_only_once_it_is_done() -> None:
+    gpus = FakeGpus(1)
+    stream = gpus.devices[0].stream()
+    array = gpus.devices[0].plain(8)
+    gpus.write(array, np.arange(8), stream)
+    stream.synchronize()
+    for turn in range(3):
+        exposed = exposed_to_mpi(gpus, array, to_write=True)
+        numpy_of(array)[:4] = turn
+        with pytest.raises(RuleBrokenError, match=r"read on stream .* reads what MPI"):
+            gpus.read(array, stream)
+        exposed.withdraw()
+        seen = gpus.read(array, stream)
+        assert seen[:4].tolist() == [turn] * 4
+        assert (seen[4:] > 8).all()  # nothing of what was there before
+
+
+def test_mpi_gets_no_memory_of_a_pools_nor_while_another_gpu_is_current() -> None:
+    gpus = FakeGpus(2)
+    stream = gpus.devices[0].stream()
+    with pytest.raises(RuleBrokenError, match="is a pool's"):
+        exposed_to_mpi(gpus, gpus.devices[0].empty(8, np.uint8, stream), to_write=False)
+    array = gpus.devices[0].plain(8)
+    with gpus.devices[1].here(), pytest.raises(RuleBrokenError, match="is not the current one"):
+        gpus.devices[0].expose(array, to_write=False)
+    exposed_to_mpi(gpus, array, to_write=False)
+    with pytest.raises(AssertionError, match="left exposed to MPI"):
+        gpus.finish()
+
+
+def test_memory_must_not_go_while_mpi_uses_it() -> None:
+    gpus = FakeGpus(1)
+    array = gpus.devices[0].plain(8)
+    exposed = exposed_to_mpi(gpus, array[:4], to_write=True)
+    del array, exposed
+    gpus.exposed.clear()
+    gc.collect()
+    with pytest.raises(AssertionError, match="memory went while MPI"):
+        gpus.finish()
 
 
 def test_memory_of_the_host_that_is_not_pinned_is_refused() -> None:

@@ -74,7 +74,10 @@ def test_all_steps_run_and_are_summed_up(tmp_path: Path) -> None:
         "passed   benchmark over 2 ranks",
         "passed   training over 2 ranks",
     ]
-    assert "tests/test_gpu_store.py tests/test_gpu_place.py with  real" in check.log("tests.txt")
+    assert (
+        "tests/test_gpu_store.py tests/test_gpu_place.py tests/test_cuda_names.py with  real"
+        in check.log("tests.txt")
+    )
     assert f"scripts/gpu_bench.py --out {check.out} with" in check.log("bench.txt")
     ranks = check.log("bench_ranks.txt")
     assert "mpirun -n 2 --map-by :oversubscribe --bind-to none" in ranks

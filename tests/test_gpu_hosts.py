@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
+from any_gpus import ARE_REAL, AnyGpus, check_closed, gpus_and_nccl, needs_kernels
 from fake_nccl import mailbox
 
 import kvcoll
-from kvcoll import on_gpus
+from kvcoll import mpi_takes, on_gpus
 from kvcoll.nccl import setup
+from kvcoll.nccl.crossing import Crossing
 from kvcoll.topology import Topology
 from kvcoll.transport import mpi
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 pytestmark = [needs_kernels, pytest.mark.ranks(at_least=2)]
 
-HOSTS = {2: (0, 1), 3: (0, 0, 1), 4: (0, 0, 1, 1)}
+#: Of each rank its host, by number of ranks: two hosts, the first one with one more if need be.
+HOSTS = {size: tuple(int(2 * rank >= size) for rank in range(size)) for size in range(2, 65)}
 SIZES = (1, 40, 3000, 20_000)
 
 
@@ -48,9 +50,21 @@ def gpus(
         own.finish()
 
 
+@pytest.mark.parametrize("way", [mpi_takes.STAGED, mpi_takes.DIRECT])
 def test_pushes_over_hosts_have_the_bits_of_a_store_on_the_host(
-    comm: MPI.Intracomm, gpus: AnyGpus
+    comm: MPI.Intracomm, gpus: AnyGpus, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
+    if ARE_REAL and way == mpi_takes.DIRECT and mpi_takes.why_not(0):
+        pytest.skip(f"this MPI takes no memory of GPUs: {mpi_takes.why_not(0)}")
+    monkeypatch.setenv(mpi_takes.VARIABLE, way.upper())
+    made: list[bool] = []
+    honest = Crossing.__init__
+
+    def init(self: Crossing, *args: Any, direct: bool, **options: Any) -> None:
+        made.append(direct)
+        honest(self, *args, direct=direct, **options)
+
+    monkeypatch.setattr(Crossing, "__init__", init)
     own = comm.Dup()
     random = np.random.default_rng(comm.rank)
     with (
@@ -74,4 +88,6 @@ def test_pushes_over_hosts_have_the_bits_of_a_store_on_the_host(
             on_host.pull(key, out=expected)
             assert on_gpu.pull(key).get().tobytes() == expected.tobytes()
             assert len({*comm.allgather(expected.tobytes())}) == 1
+    assert set(made) <= {way == mpi_takes.DIRECT}
+    assert any(comm.allgather(bool(made)))
     own.Free()

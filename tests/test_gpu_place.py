@@ -17,6 +17,7 @@ from kvcoll import optimizer as optimizers
 from kvcoll.arrays import wide
 from kvcoll.gpu.array import as_any, as_device
 from kvcoll.gpu_place import GpuPlace
+from kvcoll.optimizer.layerwise import LayerWise, sum_of_squares
 from kvcoll.optimizer.step import Step
 from kvcoll.place import Update
 
@@ -49,7 +50,7 @@ def got(place: GpuPlace, array: Any) -> Any:
     return numbers
 
 
-@pytest.mark.parametrize("n", quick_first([129, 65537, 1, 7, 8, 127, 128, 65536, 200_003], 2))
+@pytest.mark.parametrize("n", quick_first([129, 600_003, 1, 7, 8, 127, 128, 2049, 65536, 65537], 2))
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("name", ["lamb", "lars"])
 def test_norms_are_the_bits_of_the_host(
@@ -73,6 +74,72 @@ def test_norms_are_the_bits_of_the_host(
             assert_same_bits(got(place, w), weight)
             for one, other in zip(states, s, strict=True):
                 assert_same_bits(got(place, other), one)
+
+
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("lars", {}),
+    ("lars", {"momentum": 0.9, "eps": 0.5, "wd": 0.1, "clip_gradient": 0.5}),
+    ("lars", {"momentum": 0.9, "momentum_correction": False, "rescale_grad": 0.25}),
+    ("lars", {"eta": 0.0}),
+    ("lamb", {}),
+    ("lamb", {"lower_bound": 30.0, "upper_bound": 40.0, "wd": 0.1}),
+    ("lamb", {"lower_bound": 0.0, "bias_correction": False}),
+    ("lamb", {"upper_bound": 0.5, "clip_gradient": 0.5}),
+    ("lamb", {"upper_bound": 0.0}),
+]
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize(("name", "settings"), LAYERS)
+def test_what_norms_make_of_steps_are_the_bits_of_the_host(
+    place: GpuPlace, name: str, settings: dict[str, Any], dtype: np.dtype[Any]
+) -> None:
+    optimizer = optimizers.create(name, **settings)
+    usual, none = np.linspace(-2, 3, 500).astype(dtype), np.zeros(500, dtype)
+    odd = np.array([np.nan, *usual[1:]], dtype)
+    huge, tiny = np.full(500, 1e30, dtype), np.full(500, 1e-30, dtype)
+    pairs = [(usual, usual), (none, usual), (usual, none), (none, none), (odd, usual)]
+    pairs += [(usual, odd), (huge, usual), (usual, huge), (tiny, huge), (huge, tiny)]
+    keys = []
+    for number, (weight, grad) in enumerate(pairs):
+        arrays = [weight.copy(), grad.copy()]
+        arrays += [np.zeros(500, wide(dtype)) for _ in range(optimizer.n_states(dtype))]
+        step = Step(0.1, optimizer.wd * (1 + number % 2), 1, number != 7)
+        keys.append((arrays, [put(place, array) for array in arrays], step))
+    for _ in range(2):
+        place.update(optimizer, [Update(a[0], a[1], a[2:], step) for _, a, step in keys])
+        for (weight, grad, *states), ours, step in keys:
+            optimizer.update_flat(weight, grad, states, step)
+            for one, other in zip((weight, grad, *states), ours, strict=True):
+                assert_same_bits(got(place, other), one)
+
+
+def test_an_optimizer_that_decides_by_norms_goes_op_by_op_and_changes_nothing_before(
+    place: GpuPlace,
+) -> None:
+    class Decides(LayerWise):
+        def _n_states(self) -> int:
+            return 1
+
+        def _measure(
+            self, weight: Any, grad: Any, state: Any, scratch: Any, step: Any
+        ) -> tuple[float, float]:
+            np.add(state[0], 1, out=state[0])
+            return sum_of_squares(weight, scratch[0]), sum_of_squares(grad, scratch[0])
+
+        def _trust(self, weight_norm: float, other_norm: float, step: Step) -> float:
+            return 0.5 if weight_norm > other_norm else 2.0
+
+        def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Any) -> None:
+            np.multiply(grad, step.trust, out=scratch[0])
+            np.subtract(weight, scratch[0], out=weight)
+
+    arrays = f32([3, 4]), f32([1, 0.5]), f32([0, 0])
+    weight, grad, state = (put(place, array) for array in arrays)
+    with pytest.warns(RuntimeWarning, match="decision that depends on elements"):
+        place.update(Decides(), [Update(weight, grad, [state], Step(0.1, 0.0, 1))])
+    assert got(place, weight).tolist() == [2.5, 3.75]
+    assert got(place, state).tolist() == [1, 1]
 
 
 def test_steps_that_differ_in_numbers_alone_are_one_launch(place: GpuPlace) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
+from any_gpus import ARE_REAL, AnyGpus, check_closed, gpus_and_nccl, needs_kernels
 from arrays_of import f32
+from fake_gpu import FakeGpus
 from fake_nccl import mailbox
 from quick_first import quick_first
 from raised_by_all import raised_by_all
 
 import kvcoll
-from kvcoll import KVStore, Watchdog, on_gpus
+from kvcoll import KVStore, Watchdog, mpi_takes, on_gpus
 from kvcoll.errors import ArgumentError, DeviceError, ShapeMismatchError, UpdaterError
 from kvcoll.nccl.watch import Watch
 
@@ -111,6 +112,32 @@ def test_optimizers_have_the_bits_of_a_store_on_the_host(
         assert [value.get().tobytes() for value in kv.pull(keys)] == expected
 
 
+@pytest.mark.skipif(ARE_REAL, reason="it holds the GPU up, as a fake one lets it")
+@pytest.mark.parametrize("name", quick_first(["lars", "lamb", "sgd"], 1))
+def test_a_push_over_ranks_waits_for_nothing_on_the_gpu(
+    kv: KVStore, gpus: FakeGpus, name: str
+) -> None:
+    keys, sizes = ["a_weight", "b_bias", "c_weight"], (300, 70_000, 5)
+    random = np.random.default_rng(20 + kv.rank)
+    first = [np.linspace(-1, 1, n, dtype=np.float32) for n in sizes]
+    with kvcoll.create("dist_sync") as host:
+        for store in (kv, host):
+            store.init(keys, first)
+            store.set_optimizer(name, wd=0.1, param_idx2name={key: key for key in keys})
+        outs = [mine(kv, gpus, np.zeros(n, np.float32)) for n in sizes]
+        for _ in range(2):
+            grads = [random.standard_normal(n).astype(np.float32) for n in sizes]
+            ours, waits = [mine(kv, gpus, grad) for grad in grads], gpus.n_host_waits
+            with gpus.held_up() as is_held_up:
+                kv.push(keys, ours)
+                kv.pull(keys, out=outs)
+                assert is_held_up(), "the host has waited"
+                assert gpus.n_host_waits == waits
+            host.push(keys, grads)
+            for out, expected in zip(outs, host.pull(keys), strict=True):
+                assert out.get().tobytes() == expected.tobytes()
+
+
 @pytest.mark.ranks(at_least=2)
 def test_a_mistake_on_one_rank_is_the_same_error_on_all(
     kv: KVStore, gpus: AnyGpus, comm: Any
@@ -200,6 +227,16 @@ def test_a_limit_that_is_no_number_is_the_same_error_on_all_ranks(
     error = raised_by_all(comm, lambda: kvcoll.create("dist_device_sync"))
     assert type(error) is ArgumentError
     assert "KVCOLL_NCCL_LIMIT_S is a number of seconds above 0, or off, got 'soon'" in str(error)
+
+
+def test_a_way_to_mpi_that_is_none_is_the_same_error_on_all_ranks(
+    gpus: AnyGpus, comm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if comm.rank == comm.size - 1:
+        monkeypatch.setenv(mpi_takes.VARIABLE, "pinned")
+    error = raised_by_all(comm, lambda: kvcoll.create("dist_device_sync"))
+    assert type(error) is ArgumentError
+    assert "KVCOLL_GPU_MPI is auto, staged or direct, got 'pinned'" in str(error)
 
 
 def test_the_benchmark_measures_pushes_over_ranks(

@@ -9,8 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from any_gpus import AnyGpus, check_closed, gpus_and_nccl, needs_kernels
+from any_gpus import ARE_REAL, AnyGpus, check_closed, gpus_and_nccl, needs_kernels
 from arrays_of import f32, f64
+from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl
 from quick_first import quick_first
 
@@ -102,6 +103,31 @@ def test_large_values_on_several_gpus_are_added_in_the_order_of_the_list(
     assert kv.pull("w").get().tobytes() == expected.tobytes()
     if isinstance(nccl, FakeNccl):
         assert len(nccl.open) == (2 if kind == "nccl" else 0)  # by NCCL, or by copies
+
+
+@pytest.mark.skipif(ARE_REAL, reason="it holds the GPU up, as a fake one lets it")
+@pytest.mark.parametrize("name", ["lamb", "lars", "adam"])
+def test_a_push_waits_for_nothing_on_the_gpu(gpus: FakeGpus, name: str) -> None:
+    keys, sizes = ["a_weight", "b_bias", "c_weight"], (300, 70_000, 5)
+    random = np.random.default_rng(5)
+    first = [random.standard_normal(n).astype(np.float32) for n in sizes]
+    kv, host = kvcoll.create("device"), kvcoll.create("local")
+    for store, values in ((kv, [gpus.array(x) for x in first]), (host, first)):
+        store.init(keys, values)
+        names = {key: key for key in keys}
+        store.set_optimizer(name, learning_rate=0.1, wd=0.1, param_idx2name=names)
+    outs = [gpus.array(np.zeros(n, np.float32)) for n in sizes]
+    for _ in range(3):
+        grads = [random.standard_normal(n).astype(np.float32) for n in sizes]
+        ours, waits = [gpus.array(grad) for grad in grads], gpus.n_host_waits
+        with gpus.held_up() as is_held_up:
+            kv.push(keys, ours)
+            kv.pull(keys, out=outs)
+            assert is_held_up(), "the host has waited"
+            assert gpus.n_host_waits == waits
+        host.push(keys, grads)
+        for out, expected in zip(outs, host.pull(keys), strict=True):
+            assert out.get().tobytes() == expected.tobytes()
 
 
 def test_a_first_value_of_the_host_keeps_a_device_store_there(gpus: AnyGpus) -> None:

@@ -17,6 +17,7 @@ PACKAGE = Path(kvcoll.__file__).parent
 # A module imports from lower floors only, or from its own folder.
 FLOORS = {
     "_version": 0,
+    "apart": 0,
     "errors": 0,
     "faults": 0,
     "last_words": 0,
@@ -48,6 +49,7 @@ FLOORS = {
     "outputs": 5,
     "backlog": 5,
     "agreement": 5,
+    "mpi_takes": 5,
     "packing": 6,
     "coded": 5,
     "kernels": 5,

@@ -12,6 +12,7 @@ from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl, mailbox
 from host_kernel import needs_compiler
 
+from kvcoll import mpi_takes
 from kvcoll.errors import (
     ArgumentError,
     CollectiveError,
@@ -47,6 +48,7 @@ class Ranks:
         *,
         limit_s: float = 20,
         tree: bool = False,
+        mpi_gets: str = mpi_takes.STAGED,
     ) -> GpuTransport:
         return setup.transport_for(
             mpi.duplicate(self.comm, 30),
@@ -54,6 +56,7 @@ class Ranks:
             find or (lambda: (self.gpus, self.nccl)),
             limit_s=limit_s,
             tree=tree,
+            mpi_gets=mpi_gets,
             scratch_bytes=8 << 10,
         )
 
@@ -263,3 +266,66 @@ def test_nothing_is_waited_for_on_one_host(ranks: Ranks, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(total, np.full(4000, number * ranks.size + places))
     transport.close()
     ranks.gpus.finish()
+
+
+WAYS = [
+    ([mpi_takes.AUTO], ["", ""], True),
+    ([mpi_takes.AUTO], ["", "signal 11"], False),
+    ([mpi_takes.AUTO], ["signal 11", ""], False),
+    ([mpi_takes.DIRECT], None, True),
+    ([mpi_takes.STAGED], None, False),
+    ([mpi_takes.AUTO, mpi_takes.STAGED], ["", ""], False),
+    ([mpi_takes.DIRECT, mpi_takes.STAGED], None, False),
+    ([mpi_takes.DIRECT, mpi_takes.AUTO], ["", "signal 11"], False),
+]
+
+
+@pytest.mark.parametrize(("words", "why_not", "direct"), WAYS)
+def test_mpi_gets_addresses_of_gpus_on_all_ranks_or_on_none(
+    comm: MPI.Intracomm,
+    host_of: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    why_not: list[str] | None,
+    direct: bool,
+) -> None:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+
+    def tried(device: int) -> str:
+        assert why_not is not None, "it is tried where the environment has decided"
+        return why_not[comm.rank % 2]
+
+    monkeypatch.setattr(mpi_takes, "why_not", tried)
+    with mailbox(comm) as folder:
+        own = Ranks(comm, folder, one_host=False)
+        made = own.make(mpi_gets=words[comm.rank % len(words)])
+        assert made.crossing is not None
+        assert made.crossing.direct is direct
+        made.close()
+        own.gpus.finish()
+
+
+def test_on_one_host_nothing_is_tried(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi_takes, "why_not", lambda device: pytest.fail("it was tried"))
+    ranks.make(mpi_gets=mpi_takes.AUTO).close()
+
+
+def test_one_rank_of_each_host_tries_it(
+    comm: MPI.Intracomm, host_of: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if len(set(host_of)) > 1 or comm.size < 3:
+        pytest.skip("it takes a host of two ranks, which are on one machine")
+    asked: list[int] = []
+
+    def tried(device: int) -> str:
+        asked.append(device)
+        return "no"
+
+    monkeypatch.setattr(mpi_takes, "why_not", tried)
+    with mailbox(comm) as folder:
+        own = Ranks(comm, folder)
+        own.topology = Topology(comm.rank, (0,) * (comm.size - 1) + (1,))
+        own.make(mpi_gets=mpi_takes.AUTO).close()
+        assert asked == ([0] if comm.rank in (0, comm.size - 1) else [])
+        own.gpus.finish()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import DeviceError
 from ..gpu.array import DeviceArray
-from ..gpu.device import Device, Event, HostArray, Stream
+from ..gpu.device import Device, Event, Exposed, HostArray, Stream
 from ..gpu.kernel import Argument, Kernel, KernelSource
 
 _SUCCESS, _NOT_READY, _PEER_IS_ENABLED = 0, 600, 704  # cudaError_t
@@ -76,6 +76,17 @@ class CupyStream(Stream):
 
 
 @final
+class CupyExposed(Exposed):
+    """CUDA needs to know nothing of it."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.address, self.n_bytes, self._array = array.address, array.nbytes, array
+
+    def withdraw(self) -> None:
+        """Do nothing."""
+
+
+@final
 class CupyDevice(Device):
     """One GPU.
 
@@ -99,7 +110,7 @@ class CupyDevice(Device):
     def stream(self) -> Stream:
         """Make a stream (cudaStreamCreateWithFlags); see `Device.stream`."""
         self._used(self.index)
-        with self._here():
+        with self.here():
             return CupyStream(self._cupy, self._cupy.cuda.Stream(non_blocking=True), self.index)
 
     def current_stream(self) -> Stream:
@@ -111,14 +122,27 @@ class CupyDevice(Device):
         """Take memory from CuPy's pool; see `Device.empty`."""
         shape = shape if isinstance(shape, tuple) else (shape,)
         n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        with self._here(), _stream_of(on):
+        with self.here(), _stream_of(on):
             memory = self._cupy.cuda.alloc(n_bytes)
         return DeviceArray(memory.ptr, np.dtype(dtype), shape, self.index, memory)
+
+    def plain(self, n_bytes: int) -> DeviceArray:
+        """Take memory of no pool (cudaMalloc); see `Device.plain`."""
+        try:
+            with self.here():
+                memory = self._cupy.cuda.Memory(n_bytes)
+        except self._runtime.CUDARuntimeError as error:  # a pool would have made it a MemoryError
+            raise MemoryError(f"{self.name} has no {n_bytes} bytes more: {error}") from error
+        return DeviceArray(memory.ptr, np.dtype(np.uint8), (n_bytes,), self.index, memory)
+
+    def expose(self, array: DeviceArray, *, to_write: bool) -> Exposed:
+        """Give the address."""
+        return CupyExposed(array)
 
     def copy(self, source: DeviceArray, out: DeviceArray, on: Stream) -> None:
         """Copy on the device, or from another (cudaMemcpyPeerAsync)."""
         _check_bytes(source.nbytes, out.nbytes)
-        with self._here():
+        with self.here():
             if source.device == self.index:
                 kind = self._runtime.memcpyDeviceToDevice
                 self._runtime.memcpyAsync(out.address, source.address, out.nbytes, kind, on.handle)
@@ -131,31 +155,32 @@ class CupyDevice(Device):
     def upload(self, source: HostArray, out: DeviceArray, on: Stream) -> None:
         """Copy from pinned memory (cudaMemcpyAsync)."""
         _check_bytes(source.nbytes, out.nbytes)
-        with self._here():
+        with self.here():
             kind = self._runtime.memcpyHostToDevice
             self._runtime.memcpyAsync(out.address, source.ctypes.data, out.nbytes, kind, on.handle)
 
     def download(self, source: DeviceArray, out: HostArray, on: Stream) -> None:
         """Copy to pinned memory (cudaMemcpyAsync)."""
         _check_bytes(source.nbytes, out.nbytes)
-        with self._here():
+        with self.here():
             kind = self._runtime.memcpyDeviceToHost
             self._runtime.memcpyAsync(out.ctypes.data, source.address, out.nbytes, kind, on.handle)
 
     def zero(self, out: DeviceArray, on: Stream) -> None:
         """Set bytes to 0 (cudaMemsetAsync)."""
-        with self._here():
+        with self.here():
             self._runtime.memsetAsync(out.address, 0, out.nbytes, on.handle)
 
     def compile(self, source: KernelSource) -> Kernel:
         """Compile by nvrtc, once; see `Device.compile`."""
         kernel = self._kernels.get(source)
         if kernel is None:
-            with self._here():
+            with self.here():
                 kernel = self._kernels[source] = CupyKernel(self._cupy, self.index, source)
         return kernel
 
-    def _here(self) -> Any:
+    def here(self) -> Any:
+        """Make it current (cudaSetDevice); the one of before is so again at the end."""
         return self._cupy.cuda.Device(self.index)
 
     def _see(self, other: int) -> None:

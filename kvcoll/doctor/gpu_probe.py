@@ -1,4 +1,4 @@
-"""Asks the GPU's driver, CuPy and MPI; run by `gpus` in processes that may die of it."""
+"""Asks the GPU's driver and CuPy; run by `gpus` in processes that may die of it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import json
 import uuid
 from typing import Any
 
-import numpy as np
-
-from ..transport.mpi import import_mpi
-
 _DRIVER = "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-_N_ELEMENTS = 1 << 18
 
 
 def main(what: str) -> None:
-    """Print an answer: of the ``driver``, of ``cupy``, of ``mpi``."""
-    answers = {"driver": driver, "cupy": cupy, "mpi": mpi_takes}
+    """Print an answer: of the ``driver``, of ``cupy``."""
+    answers = {"driver": driver, "cupy": cupy}
     print(f"\n{json.dumps(answers[what]())}")
 
 
@@ -52,19 +47,6 @@ def cupy() -> dict[str, Any]:
         total = int((cupy.arange(4) + 1).sum().get())
         return told | ({} if total == 10 else {"cupy_error": f"1 + 2 + 3 + 4 gave {total}"})
     return told
-
-
-def mpi_takes() -> dict[str, Any]:
-    """Send an array in GPU memory from this rank to itself, as no MPI without CUDA can."""
-    import cupy
-
-    comm = import_mpi().COMM_SELF
-    sent = cupy.arange(_N_ELEMENTS, dtype=np.float32)
-    received = cupy.zeros(_N_ELEMENTS, dtype=np.float32)
-    cupy.cuda.get_current_stream().synchronize()
-    comm.Sendrecv(sent, 0, 0, received, 0, 0)
-    equal = bool((received.get() == np.arange(_N_ELEMENTS, dtype=np.float32)).all())
-    return {"mpi_takes": "yes" if equal else "other numbers came than were sent"}
 
 
 def _device(cuda: ctypes.CDLL, index: int, n: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import probe
+from .. import apart, mpi_takes
 
 _LIMIT_S = 60.0  # CuPy's first import on a network file system is slow
 _NO_GPU = "there is no GPU"
@@ -34,10 +34,10 @@ def facts(*, has_cupy: bool, try_mpi: bool) -> dict[str, Any]:
         ``cupy_error``: why it does not work. ``mpi_takes``: ``'yes'``, or why not.
     """
     found: dict[str, Any] = {"nodes": sorted(map(str, Path("/dev").glob("nvidia[0-9]*")))}
-    answer, why = probe.ask("kvcoll.doctor.gpu_probe", "driver", limit_s=_LIMIT_S)
+    answer, why = apart.ask("kvcoll.doctor.gpu_probe", "driver", limit_s=_LIMIT_S)
     found |= answer or {"error": why}
     if has_cupy:
-        answer, why = probe.ask("kvcoll.doctor.gpu_probe", "cupy", limit_s=_LIMIT_S)
+        answer, why = apart.ask("kvcoll.doctor.gpu_probe", "cupy", limit_s=_LIMIT_S)
         found |= answer or {"cupy_error": why}
     found["mpi_takes"] = _mpi_takes(found, has_cupy=has_cupy) if try_mpi else "not tried"
     return found
@@ -49,6 +49,4 @@ def _mpi_takes(found: dict[str, Any], *, has_cupy: bool) -> str:
         return f"not tried: {_NO_GPU}"
     if not has_cupy or found.get("cupy_error"):
         return "not tried: CuPy is needed for it"
-    env = probe.without_launcher()
-    answer, why = probe.ask("kvcoll.doctor.gpu_probe", "mpi", limit_s=_LIMIT_S, env=env)
-    return str(answer.get("mpi_takes", "")) or why
+    return mpi_takes.tried() or "yes"

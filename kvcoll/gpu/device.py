@@ -4,12 +4,16 @@ Rules of the file: a call that takes a stream puts work on it and returns; work 
 stream is done in order, work of two streams in any order but where an event says which is
 first. Nothing waits but `Event.synchronize` and `Stream.synchronize`. What a piece of work
 reads or writes must stay as it is until the work is done, or be changed by later work only.
+Memory that is exposed to a library of the host (MPI) is that library's until it is withdrawn:
+before, the host has seen that the work on it is done; until then no work is put on a stream that
+writes it, nor, where the library writes, any that reads it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -67,6 +71,22 @@ class Stream(ABC):
         """Wait on the host for all work that is on the stream now."""
 
 
+class Exposed(ABC):
+    """Memory of a GPU while a library of the host reads or writes it, by its address.
+
+    Attributes
+    ----------
+    address, n_bytes : int
+    """
+
+    address: int
+    n_bytes: int
+
+    @abstractmethod
+    def withdraw(self) -> None:
+        """Say that the library is done with it."""
+
+
 class Device(ABC):
     """One GPU of this process.
 
@@ -107,6 +127,38 @@ class Device(ABC):
         ------
         MemoryError
             The GPU has no more.
+        """
+
+    @abstractmethod
+    def plain(self, n_bytes: int) -> DeviceArray:
+        """Take memory that libraries which know CUDA can be handed (cudaMalloc, and no pool).
+
+        Returns
+        -------
+        DeviceArray, shape (n_bytes,)
+            Of uint8, of any contents. Whoever lets go of it has seen that work on it is done.
+
+        Raises
+        ------
+        MemoryError
+            The GPU has no more.
+        """
+
+    @abstractmethod
+    def here(self) -> AbstractContextManager[object]:
+        """Make it the current one, for a library that is called with its memory."""
+
+    @abstractmethod
+    def expose(self, array: DeviceArray, *, to_write: bool) -> Exposed:
+        """Hand flat memory to a library of the host; inside of `here`.
+
+        Parameters
+        ----------
+        array : DeviceArray
+            Of which the host has seen that all work is done that writes it, and if it is to be
+            written all that reads it, too.
+        to_write : bool
+            Whether the library writes it, or reads it only.
         """
 
     @abstractmethod

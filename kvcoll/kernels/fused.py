@@ -14,12 +14,12 @@ from ..arrays import DType
 from ..gpu.kernel import KernelSource
 from .prelude import LANES, PRELUDE, TILE, c_type, cast
 from .table import TABLE_PARAMETERS, Layout
-from .trace import Operation, Program, without_unused
+from .trace import Operation, Program, same_for_all, without_unused
 
 
 def layout_of(program: Program) -> Layout:
-    """Say what the rows of a launch's table hold: an address an array, and the numbers."""
-    return Layout(len(program.dtypes), program.n_numbers)
+    """Say what a table's rows hold: an address an array and scalar, and the numbers."""
+    return Layout(len(program.dtypes) + program.n_scalars, program.n_numbers)
 
 
 @lru_cache(maxsize=4096)
@@ -42,18 +42,25 @@ def kernel_of(program: Program) -> KernelSource:
 
 
 def declared(program: Program, used: list[int], layout: Layout) -> list[str]:
-    """Write down where a row's arrays are, and its numbers."""
+    """Write down where a row's arrays are, its numbers, and what is made of these alone."""
     operations = program.operations
     touched = {operations[p].arguments[0] for p in used if operations[p].name == "load"}
     lines = []
     for k in sorted(touched | {k for k, _ in program.stores}):
         kind = c_type(program.dtypes[k])
         lines.append(f"    {kind} *a{k} = ({kind} *)own[{layout.address(k)}];")
+    once = same_for_all(program)
     for place in used:
         name, dtype, arguments = operations[place]
         if name == "number":
-            number = _number(dtype, f"own[{layout.number(arguments[0])}]")
-            lines.append(f"    const {c_type(dtype)} v{place} = {number};")
+            value = number_of(dtype, f"own[{layout.number(arguments[0])}]")
+        elif name == "scalar":
+            value = f"*(const double *)own[{layout.address(len(program.dtypes) + arguments[0])}]"
+        elif place in once:
+            value = value_of(operations[place], program)
+        else:
+            continue
+        lines.append(f"    const {c_type(dtype)} v{place} = {value};")
     return lines
 
 
@@ -80,9 +87,10 @@ def _each(used: list[int], program: Program) -> list[str]:
         f"      const long long e = first + k * {LANES};",
         "      if (e < own[1]) {",
     ]
+    once = same_for_all(program)
     for place in used:
         operation = program.operations[place]
-        if operation.name != "number":
+        if place not in once:
             is_load = operation.name == "load"
             value = f"r{place}[k]" if is_load else value_of(operation, program)
             lines.append(f"        const {c_type(operation.dtype)} v{place} = {value};")
@@ -101,7 +109,8 @@ def value_of(operation: Operation, program: Program) -> str:
     return f"kv_{name}({', '.join(given)})"
 
 
-def _number(dtype: DType, word: str) -> str:
+def number_of(dtype: DType, word: str) -> str:
+    """Write a number whose bits are a word of a table."""
     if dtype.name == "float32":
         return f"kv_float((kv_u32){word})"
     if dtype.name == "float64":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 
@@ -29,6 +29,15 @@ class _Slot:
     host: Array
     device: DeviceArray
     read: Event | None = None
+
+
+class Stage(NamedTuple):
+    """One kernel, how many elements of its index it needs, and what lies at its addresses."""
+
+    source: KernelSource
+    n: int
+    reads: Sequence[DeviceArray]
+    writes: Sequence[DeviceArray]
 
 
 @final
@@ -72,8 +81,14 @@ class Launcher:
         n : int, optional
             How many elements of its index the kernel needs; by default as its tiles need.
         """
-        if not len(table):
-            return
+        if len(table):
+            n = n_lanes(table) if n is None else n
+            self.launch_in_turn([Stage(source, n, reads, writes)], table, more)
+
+    def launch_in_turn(
+        self, stages: Sequence[Stage], table: Array, more: Sequence[int] = ()
+    ) -> None:
+        """Run kernels one after the other, all with one table; see `launch`."""
         words = table.reshape(-1)
         slot = self._slot(8 * (words.size + len(more)))
         room = slot.host.view(np.int64)
@@ -83,12 +98,12 @@ class Launcher:
             room[words.size : n_words] = more
         used = slot.device[: 8 * n_words]
         self._device.upload(slot.host[: 8 * n_words], used, self._stream)
-        kernel = self._device.compile(source)
         arguments = (used.view(np.int64), np.int64(len(table)))
-        n = n_lanes(table) if n is None else n
-        kernel.launch(n, arguments, self._stream, reads=reads, writes=writes)
+        for source, n, reads, writes in stages:
+            kernel = self._device.compile(source)
+            kernel.launch(n, arguments, self._stream, reads=reads, writes=writes)
         slot.read = self._stream.record()
-        self.n_launches += 1
+        self.n_launches += len(stages)
 
     def _slot(self, n_bytes: int) -> _Slot:
         size = max(_SMALLEST_BYTES, 1 << (n_bytes - 1).bit_length())

@@ -1,25 +1,49 @@
-"""Norms of keys on a GPU, for optimizers whose step depends on them.
+"""Norms of keys on a GPU, and what they make of steps, for optimizers whose steps depend on them.
 
-The host waits for them, once a bucket: what a norm makes of a step is the optimizer's Python.
+Rules of the file: the host waits for nothing and sees no norm; all that may be no kernel is
+traced before anything is put on the stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import final
+from collections.abc import Sequence
+from typing import NamedTuple, final
 
 import numpy as np
 
 from ..arrays import Array, DType, wide
 from ..gpu.array import DeviceArray, as_device
+from ..gpu.device import Device, Gpus, HostArray, Stream
 from ..optimizer.base import PIECE_ELEMENTS
 from ..optimizer.layerwise import LayerWise
+from ..optimizer.step import Step
 from ..place import Update
 from . import norms
-from .launcher import Launcher
-from .steps import trace_measure
+from .launcher import Launcher, Stage
+from .steps import trace_measure, trace_step, trace_trust
 from .trace import Program, Traced
+
+_DOUBLE: DType = np.dtype(np.float64)
+
+
+class _Layer(NamedTuple):
+    """A step, written down."""
+
+    measure: Traced
+    trust: Traced
+
+
+class _Pieces(NamedTuple):
+    """How keys are cut, by piece."""
+
+    key: Array  # which key it is of
+    start: Array
+    sizes: Array
+    shapes: Array  # addresses
+    n_blocks: Array
+    n_branches: Array
+    arrays: list[DeviceArray]  # at these addresses
+    of_key: Array  # by key: how many
 
 
 @final
@@ -28,28 +52,23 @@ class Measured:
 
     Parameters
     ----------
-    empty : callable
-        Takes memory on the GPU.
-    upload, download : callable
-        Copy to and from it.
+    gpus : Gpus
+    device : Device
+    stream : Stream
+        Of that device, and of the launcher.
     launcher : Launcher
     """
 
-    def __init__(
-        self,
-        empty: Callable[[int, DType], DeviceArray],
-        upload: Callable[[Array, DeviceArray], None],
-        download: Callable[[DeviceArray, Array], None],
-        launcher: Launcher,
-    ) -> None:
-        self._empty, self._upload, self._download = empty, upload, download
+    def __init__(self, gpus: Gpus, device: Device, stream: Stream, launcher: Launcher) -> None:
+        self._gpus, self._device, self._stream = gpus, device, stream
         self._launcher = launcher
-        self._shapes: dict[int, DeviceArray] = {}
+        # By size of a piece, with the pinned memory from which it goes up.
+        self._shapes: dict[int, tuple[HostArray, DeviceArray]] = {}
 
-    def with_trust(
+    def trusts(
         self, optimizer: LayerWise, dtype: DType, work: Sequence[Update]
-    ) -> list[Update]:
-        """Give the same work with the factor of each key in its step.
+    ) -> list[DeviceArray | None]:
+        """Work out the factor of each key.
 
         Parameters
         ----------
@@ -58,70 +77,127 @@ class Measured:
             Of the values.
         work : sequence of Update
             Of whole keys. Their states may be brought forward.
+
+        Returns
+        -------
+        list of (DeviceArray or None), of shape (1,)
+            A float64 on the GPU for each key; None where norms do not set the step.
+
+        Raises
+        ------
+        UntraceableError
+            The optimizer does what is no kernel; nothing has been done then.
         """
-        groups: dict[Program, list[tuple[int, Traced]]] = {}
+        by_step: dict[Step, list[int]] = {}
         for number, update in enumerate(work):
-            if update.step.adapts:
-                traced = trace_measure(optimizer, dtype, update.step)
-                groups.setdefault(traced.program, []).append((number, traced))
-        result = list(work)
-        for program, keys in groups.items():
-            squares = self._squares(program, dtype, [(work[k], traced) for k, traced in keys])
-            for (k, traced), sums in zip(keys, squares, strict=True):
-                own = [sums[sum_of.place] for sum_of in traced.result]
-                trust = optimizer.trust(own[0], own[1], work[k].step)
-                result[k] = work[k]._replace(step=replace(work[k].step, trust=trust))
+            by_step.setdefault(update.step, []).append(number)
+        for step in by_step:
+            trace_step(optimizer, dtype, step)  # to raise before states are brought forward
+        groups: dict[tuple[Program, Program], list[tuple[_Layer, list[int]]]] = {}
+        for step, numbers in by_step.items():
+            if not step.adapts:
+                continue
+            layer = _Layer(trace_measure(optimizer, dtype, step), trace_trust(optimizer, step))
+            own = layer.measure.program, layer.trust.program
+            groups.setdefault(own, []).append((layer, numbers))
+        result: list[DeviceArray | None] = [None] * len(work)
+        for layers in groups.values():
+            numbers = [number for _, of_step in layers for number in of_step]
+            factors = self._device.empty(len(numbers), _DOUBLE, self._stream)
+            self._launch(layers, dtype, [work[number] for number in numbers], factors)
+            for place, number in enumerate(numbers):
+                result[number] = factors[place : place + 1]
         return result
 
-    def _squares(
-        self, program: Program, dtype: DType, keys: Sequence[tuple[Update, Traced]]
-    ) -> list[list[float]]:
-        """Sum over each key: on the GPU over pieces, here over the pieces' sums."""
-        kind, n_sums = wide(dtype), len(program.sums)
-        pieces = [
-            (number, start, min(PIECE_ELEMENTS, update.weight.size - start))
-            for number, (update, _) in enumerate(keys)
-            for start in range(0, update.weight.size, PIECE_ELEMENTS)
-        ]
-        room = self._empty(sum(norms.room_elements(program, n) for _, _, n in pieces), kind)
-        results = self._empty(len(pieces) * n_sums, kind)
-        layout = norms.layout_of(program)
-        table = np.empty((len(pieces), layout.n_words), np.int64)
-        n_blocks, room_at, result_at = 0, room.address, results.address
-        for row, (number, start, n) in zip(table, pieces, strict=True):
-            update, traced = keys[number]
-            where = [a.address + start * a.itemsize for a in _arrays_of(update)]
-            row[:2] = n_blocks, n
-            row[2:] = [*where, self._shape(n).address, room_at, result_at, *traced.numbers]
-            n_blocks += norms.n_blocks(n)
-            room_at += norms.room_elements(program, n) * kind.itemsize
-            result_at += n_sums * kind.itemsize
-        arrays = [array for update, _ in keys for array in _arrays_of(update)]
-        shapes = [self._shape(n) for n in {n for _, _, n in pieces}]
-        states = [as_device(state) for update, _ in keys for state in update.states]
-        self._launcher.launch(
-            norms.summing(program),
-            table,
-            reads=[*arrays, *shapes],
-            writes=[*states, room],
-            n=norms.n_lanes(n_blocks),
-        )
-        walking = norms.walking(program)
-        reads = [room, *shapes]
-        self._launcher.launch(walking, table, reads=reads, writes=[results], n=len(pieces))
-        told = np.empty(results.size, kind)
-        self._download(results, told)
-        squares = [[0.0] * n_sums for _ in keys]
-        for (number, _, _), sums in zip(pieces, told.reshape(-1, n_sums), strict=True):
-            squares[number] = [a + float(b) for a, b in zip(squares[number], sums, strict=True)]
-        return squares
+    def _launch(
+        self,
+        layers: Sequence[tuple[_Layer, list[int]]],
+        dtype: DType,
+        keys: Sequence[Update],
+        factors: DeviceArray,
+    ) -> None:
+        """Put on the stream what brings the factors of keys that have the same programs."""
+        program, n_sums = layers[0][0].measure.program, len(layers[0][0].measure.program.sums)
+        pieces, kind = self._cut(keys), wide(dtype)
+        sums = self._device.empty(pieces.key.size * n_sums, kind, self._stream)
+        numbers = [layer.measure.numbers for layer, of_step in layers for _ in of_step]
+        self._sum(program, keys, numbers, pieces, sums)
+        trust, (first, second) = layers[0][0].trust.program, layers[0][0].measure.result
+        table = np.empty((len(keys), norms.key_layout_of(trust).n_words), np.int64)
+        before = np.cumsum(pieces.of_key) - pieces.of_key
+        table[:, 0] = np.arange(len(keys))
+        table[:, 1] = pieces.of_key
+        table[:, 2] = sums.address + before * n_sums * kind.itemsize
+        table[:, 3] = factors.address + table[:, 0] * factors.itemsize
+        table[:, 4:] = [layer.trust.numbers for layer, of_step in layers for _ in of_step]
+        kernel = norms.trusting(trust, kind, (first, second))
+        self._launcher.launch(kernel, table, reads=[sums], writes=[factors], n=len(keys))
 
-    def _shape(self, n: int) -> DeviceArray:
-        """Give on the GPU how a piece of so many elements is cut."""
+    def _sum(
+        self,
+        program: Program,
+        keys: Sequence[Update],
+        numbers: Sequence[tuple[int, ...]],
+        pieces: _Pieces,
+        sums: DeviceArray,
+    ) -> None:
+        """Sum over each piece what the program says, as it brings states forward."""
+        kind, n_sums, n_arrays = sums.dtype, len(program.sums), len(program.dtypes)
+        n_blocks, n_branches = int(pieces.n_blocks.sum()), int(pieces.n_branches.sum())
+        first_block = np.cumsum(pieces.n_blocks) - pieces.n_blocks
+        first_branch = np.cumsum(pieces.n_branches) - pieces.n_branches
+        slot = n_sums * norms.SLOT
+        blocks = self._device.empty(n_blocks * slot, kind, self._stream)
+        branches = self._device.empty(n_branches * n_sums, kind, self._stream)
+        bases = np.array([[a.address for a in _arrays_of(key)] for key in keys], np.int64)
+        itemsizes = np.array([d.itemsize for d in program.dtypes], np.int64)
+        table = np.empty((pieces.key.size, norms.layout_of(program).n_words), np.int64)
+        table[:, 0], table[:, 1] = first_block, pieces.sizes
+        own = table[:, 2:]
+        own[:, :n_arrays] = bases[pieces.key] + pieces.start[:, None] * itemsizes
+        own[:, n_arrays + norms.SHAPE] = pieces.shapes
+        own[:, n_arrays + norms.BLOCKS] = blocks.address + first_block * slot * kind.itemsize
+        at = branches.address + first_branch * n_sums * kind.itemsize
+        own[:, n_arrays + norms.BRANCHES] = at
+        places = np.arange(pieces.key.size)
+        own[:, n_arrays + norms.SUMS] = sums.address + places * n_sums * kind.itemsize
+        own[:, n_arrays + norms.FIRST_BRANCH] = first_branch
+        own[:, n_arrays + 5 :] = np.array(numbers, np.int64)[pieces.key]
+        arrays = [array for key in keys for array in _arrays_of(key)]
+        states = [as_device(state) for key in keys for state in key.states]
+        lanes = norms.n_lanes(n_blocks)
+        shapes = pieces.arrays
+        stages = [
+            Stage(norms.summing(program), lanes, [*arrays, *shapes], [*states, blocks]),
+            Stage(norms.folding(program), n_branches, [blocks, *shapes], [branches]),
+            Stage(norms.walking(program), pieces.key.size, [branches, *shapes], [sums]),
+        ]
+        self._launcher.launch_in_turn(stages, table)
+
+    def _cut(self, keys: Sequence[Update]) -> _Pieces:
+        """Cut keys into pieces as the host does."""
+        sizes = np.array([key.weight.size for key in keys], np.int64)
+        of_key = -(-sizes // PIECE_ELEMENTS)
+        key = np.repeat(np.arange(len(keys)), of_key)
+        number = np.arange(key.size) - np.repeat(np.cumsum(of_key) - of_key, of_key)
+        start = number * PIECE_ELEMENTS
+        own = np.minimum(PIECE_ELEMENTS, sizes[key] - start)
+        distinct, which = np.unique(own, return_inverse=True)
+        cut = [self._shape(n) for n in distinct.tolist()]
+        words = np.array([[array.address, *host[:2]] for host, array in cut], np.int64)
+        shapes, n_blocks, n_branches = words[which].T
+        arrays = [array for _, array in cut]
+        return _Pieces(key, start, own, shapes, n_blocks, n_branches, arrays, of_key)
+
+    def _shape(self, n: int) -> tuple[HostArray, DeviceArray]:
+        """Give how a piece of so many elements is cut, here and on the GPU."""
         if n not in self._shapes:
             shape = norms.shape_of(n)
-            self._shapes[n] = self._empty(shape.size, shape.dtype)
-            self._upload(shape, self._shapes[n])
+            host = self._gpus.pinned(shape.nbytes).view(shape.dtype)
+            host[:] = shape
+            array = self._device.empty(shape.size, shape.dtype, self._stream)
+            self._device.upload(host, array, self._stream)
+            self._shapes[n] = host, array
         return self._shapes[n]
 
 

@@ -20,6 +20,7 @@ TABLE_PARAMETERS = (
     Parameter("long long", "table", Access.READ),
     Parameter("long long", "n_rows", Access.VALUE),
 )
+_NO_NUMBERS: Array = np.empty(0, np.int64)
 
 
 class Layout(NamedTuple):
@@ -73,21 +74,22 @@ def rows_of(layout: Layout, pieces: Iterable[Piece]) -> Array:
     return table
 
 
-def columns_of(sizes: Array, addresses: Sequence[Array], numbers: Sequence[int]) -> Array:
-    """Write a table column by column, for many pieces that share their numbers.
+def columns_of(sizes: Array, addresses: Sequence[Array], numbers: Array = _NO_NUMBERS) -> Array:
+    """Write a table column by column, for many pieces.
 
     Parameters
     ----------
     sizes : numpy.ndarray of int64, shape (n,)
     addresses : sequence of numpy.ndarray of int64, shape (n,)
-    numbers : sequence of int
+    numbers : numpy.ndarray of int64, shape (m,) or (n, m), optional
+        Of all pieces, or of each.
 
     Returns
     -------
     numpy.ndarray of int64, shape (n, n_words)
         Its first tiles count from 0.
     """
-    table = np.empty((sizes.size, 2 + len(addresses) + len(numbers)), np.int64)
+    table = np.empty((sizes.size, 2 + len(addresses) + numbers.shape[-1]), np.int64)
     tiles = -(-sizes // TILE)
     np.cumsum(tiles, out=table[:, 0])
     table[:, 0] -= tiles

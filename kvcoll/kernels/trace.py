@@ -21,7 +21,7 @@ from ..arrays import DType, is_small_float
 SIZE = 1 << 16
 
 _UNWRITTEN = -1
-_BOOL = np.dtype(bool)
+_BOOL, _DOUBLE = np.dtype(bool), np.dtype(np.float64)
 # By ufunc: the function of the prelude, and whether it gives a bool.
 _EXACT: dict[np.ufunc, tuple[str, bool]] = {
     np.add: ("add", False),
@@ -45,7 +45,8 @@ _EXACT: dict[np.ufunc, tuple[str, bool]] = {
     np.equal: ("equal", True),
     np.not_equal: ("not_equal", True),
 }
-_ARITHMETIC = (np.dtype(np.float32), np.dtype(np.float64))
+_ARITHMETIC = (np.dtype(np.float32), _DOUBLE)
+_GIVEN = ("load", "number", "scalar")  # their arguments are no places
 
 
 class UntraceableError(Exception):
@@ -58,12 +59,12 @@ class Operation(NamedTuple):
     Attributes
     ----------
     name : str
-        ``load`` (argument: which array), ``number`` (which of the numbers), ``cast``,
-        ``select``, or a function of the prelude.
+        ``load`` (argument: which array), ``number`` (which of the numbers), ``scalar`` (which
+        of the numbers that lie on the GPU), ``cast``, ``select``, or a function of the prelude.
     dtype : numpy.dtype
         Of the result.
     arguments : tuple of int
-        Places of earlier operations, but for ``load`` and ``number``.
+        Places of earlier operations, but for ``load``, ``number`` and ``scalar``.
     """
 
     name: str
@@ -91,6 +92,8 @@ class Program:
     sums : tuple of int
         The results that are summed over all elements.
     n_numbers : int
+    n_scalars : int
+        How many numbers (float64) lie on the GPU, as other kernels have worked them out.
     """
 
     dtypes: tuple[DType, ...]
@@ -98,6 +101,7 @@ class Program:
     stores: tuple[tuple[int, int], ...]
     sums: tuple[int, ...]
     n_numbers: int
+    n_scalars: int = 0
 
 
 class Traced(NamedTuple):
@@ -108,7 +112,9 @@ class Traced(NamedTuple):
     result: Any  # what the function returned; a sum is a `Sum`
 
 
-def trace(function: Callable[[list[Any]], Any], dtypes: Sequence[DType]) -> Traced:
+def trace(
+    function: Callable[[list[Any]], Any], dtypes: Sequence[DType], n_scalars: int = 0
+) -> Traced:
     """Write down what a function does to flat arrays.
 
     Parameters
@@ -118,6 +124,9 @@ def trace(function: Callable[[list[Any]], Any], dtypes: Sequence[DType]) -> Trac
         ufuncs with or without ``out``, ``numpy.clip``, ``copyto`` and ``where``.
     dtypes : sequence of numpy.dtype
         Of the arrays.
+    n_scalars : int, default 0
+        So many symbols more stand for numbers which only the GPU will know: they are taken as
+        Python's floats are, and nothing can be decided by them.
 
     Raises
     ------
@@ -132,7 +141,8 @@ def trace(function: Callable[[list[Any]], Any], dtypes: Sequence[DType]) -> Trac
     recorder = _Recorder()
     arrays = [Symbol(recorder, recorder.load(k, dtype)) for k, dtype in enumerate(dtypes)]
     loaded = [array.place for array in arrays]
-    result = function(list(arrays))
+    scalars = [Symbol(recorder, recorder.scalar(k), is_scalar=True) for k in range(n_scalars)]
+    result = function([*arrays, *scalars])
     stores = tuple((k, array.place) for k, array in enumerate(arrays) if array.place != loaded[k])
     program = Program(
         tuple(dtypes),
@@ -140,6 +150,7 @@ def trace(function: Callable[[list[Any]], Any], dtypes: Sequence[DType]) -> Trac
         stores,
         tuple(recorder.sums),
         len(recorder.numbers),
+        n_scalars,
     )
     return Traced(program, tuple(recorder.numbers), result)
 
@@ -153,6 +164,9 @@ class _Recorder:
 
     def load(self, which: int, dtype: DType) -> int:
         return self.write("load", dtype, (which,))
+
+    def scalar(self, which: int) -> int:
+        return self.write("scalar", _DOUBLE, (which,))
 
     def write(self, name: str, dtype: DType, arguments: tuple[int, ...]) -> int:
         self.operations.append(Operation(name, dtype, arguments))
@@ -187,19 +201,30 @@ def _is_number(given: Any) -> bool:
     )
 
 
+def _is_scalar(given: Any) -> bool:
+    return _is_number(given) or (isinstance(given, Symbol) and given.is_scalar)
+
+
 Operand: TypeAlias = "Symbol | float"
 
 
 class Symbol(NDArrayOperatorsMixin):
-    """Stands for a flat array while a function is traced."""
+    """Stands for a flat array while a function is traced, or for a number that a GPU will know."""
 
     ndim = 1
     size = SIZE
     shape = (SIZE,)
 
-    def __init__(self, recorder: _Recorder, place: int, dtype: DType | None = None) -> None:
+    def __init__(
+        self,
+        recorder: _Recorder,
+        place: int,
+        dtype: DType | None = None,
+        *,
+        is_scalar: bool = False,
+    ) -> None:
         self._recorder = recorder
-        self.place = place
+        self.place, self.is_scalar = place, is_scalar
         self.dtype: DType = recorder.operations[place].dtype if dtype is None else dtype
 
     def scratch(self, dtype: DType) -> Symbol:
@@ -222,7 +247,7 @@ class Symbol(NDArrayOperatorsMixin):
         _check_arithmetic(ufunc.__name__, loop)
         places = tuple(self._recorder.operand(given, loop) for given in inputs)
         place = self._recorder.write(name, _BOOL if gives_bool else loop, places)
-        return self._give(place, out)
+        return self._give(place, out, is_scalar=all(map(_is_scalar, inputs)))
 
     def __array_function__(
         self, function: Callable[..., Any], types: Any, given: tuple[Any, ...], options: Any
@@ -281,10 +306,10 @@ class Symbol(NDArrayOperatorsMixin):
 
     # Inside -----------------------------------------------------------------------
 
-    def _give(self, place: int, out: Any) -> Symbol:
+    def _give(self, place: int, out: Any, *, is_scalar: bool = False) -> Symbol:
         """Put a result into `out`, or into a new symbol."""
         if out is None:
-            return Symbol(self._recorder, place)
+            return Symbol(self._recorder, place, is_scalar=is_scalar)
         if not isinstance(out, Symbol):
             raise UntraceableError("an out that is none of the function's arrays")
         source = self._recorder.operations[place].dtype
@@ -312,7 +337,8 @@ class Symbol(NDArrayOperatorsMixin):
 
     def _sum(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Sum:
         (array,) = inputs
-        if any(given not in (None, 0, False, (None,)) for given in options.values()):
+        is_plain = all(given in (None, 0, False, (None,)) for given in options.values())
+        if array.is_scalar or not is_plain:
             raise UntraceableError(f"numpy.add.reduce with {sorted(options)}")
         _check_arithmetic("add.reduce", array.dtype)
         self._recorder.sums.append(self._recorder.operand(array, array.dtype))
@@ -343,10 +369,13 @@ def _common(operands: Sequence[Any]) -> DType:
     for given in operands:
         if not isinstance(given, Symbol) and not _is_number(given):
             raise UntraceableError(f"an operand of type {type(given).__name__}")
-    dtypes = [given.dtype for given in operands if isinstance(given, Symbol)]
+    arrays = [given for given in operands if isinstance(given, Symbol) and not given.is_scalar]
+    dtypes = [given.dtype for given in arrays]
     if any(is_small_float(dtype) for dtype in dtypes):
         raise UntraceableError("arithmetic in 16 bits")
     numbers = [given for given in operands if not isinstance(given, Symbol)]
+    if len(arrays) + len(numbers) < len(operands):
+        numbers.append(1.0)  # for those that only the GPU will know, which are floats
     return np.result_type(*dtypes, *numbers)
 
 
@@ -366,6 +395,17 @@ def without_unused(program: Program) -> list[int]:
     needed = {place for _, place in program.stores} | set(program.sums)
     for place in range(len(program.operations) - 1, -1, -1):
         operation = program.operations[place]
-        if place in needed and operation.name not in ("load", "number"):
+        if place in needed and operation.name not in _GIVEN:
             needed.update(operation.arguments)
     return sorted(needed, key=operator.index)
+
+
+def same_for_all(program: Program) -> set[int]:
+    """Give the places of the operations whose results are the same for all elements."""
+    places: set[int] = set()
+    for place, operation in enumerate(program.operations):
+        if operation.name in ("number", "scalar") or (
+            operation.name != "load" and places.issuperset(operation.arguments)
+        ):
+            places.add(place)
+    return places

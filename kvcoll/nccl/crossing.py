@@ -1,14 +1,18 @@
-"""The way of a rank's segment across hosts: down to the host, by MPI, and up again, in pieces.
+"""The way of a rank's segment across hosts: to where MPI reads, by MPI, and back, in pieces.
 
-Rules of the file: copies down, MPI and copies up each have their own pieces under way, so that
-all three are busy at once; the memory between is pinned, and a piece's place is used again only
-once its last copy is done. The host thread looks at all of them in turn and waits in none.
+MPI's memory is pinned memory of the host, or where this MPI takes it (`mpi_takes`) memory of the
+GPU which is taken for that alone: so MPI registers the same few megabytes once, and a copy within
+the GPU is next to nothing. Rules of the file: copies down, MPI and copies up each have their own
+pieces under way, so that all three are busy at once; a piece's place is used again only once its
+last copy is done. The host thread looks at all of them in turn and waits in none.
 
 MPI and NCCL are never both blocked on each other. MPI's part begins only when the host has
 seen, by an event, that the segment was added; NCCL's calls that this needs have been put on
 their streams by all ranks of the host before any of them looks at MPI; none of them is inside
 a group then; and no kernel of NCCL's waits for a message of MPI's: what gives the sums to the
-other GPUs is put on the stream after the last piece has come up.
+other GPUs is put on the stream after the last piece has come up. The same holds where MPI reads
+the GPU: it gets an address only once the host has seen that what lies there is complete, and its
+own copies wait for nothing of NCCL's.
 """
 
 from __future__ import annotations
@@ -16,13 +20,15 @@ from __future__ import annotations
 from typing import final
 
 from ..arrays import Array, DType
-from ..gpu.array import DeviceArray
+from ..gpu.array import DeviceArray, as_any, as_device
 from ..gpu.device import Device, Event, Gpus, Stream
 from ..transport.leg import Leg
 from ..transport.waiting import Waiting
 from .watch import Watch
 
 _MORE_SLOTS = 2  # one that comes down, and one that goes up
+_MINE, _SUMS = 0, 1
+_cut: list[Crossing] = []  # ended in the midst of a sum: MPI may still write to their memory
 
 
 @final
@@ -40,17 +46,31 @@ class Crossing:
         How the host passes the time between two looks.
     watch : Watch
         Is asked while there is no progress.
+    direct : bool, default False
+        Whether the leg's MPI reads and writes memory of the GPU, and not pinned memory.
+
+    Attributes
+    ----------
+    direct : bool
     """
 
     def __init__(
-        self, leg: Leg, gpus: Gpus, device: Device, waiting: Waiting, watch: Watch
+        self,
+        leg: Leg,
+        gpus: Gpus,
+        device: Device,
+        waiting: Waiting,
+        watch: Watch,
+        *,
+        direct: bool = False,
     ) -> None:
         self._leg, self._device, self._waiting, self._watch = leg, device, waiting, watch
+        self.direct = direct
         self._down, self._up = device.stream(), device.stream()
-        piece_bytes = leg.sizes.segment_bytes
+        self._piece_bytes = leg.sizes.segment_bytes
         self._n_slots = leg.sizes.depth + _MORE_SLOTS
-        pinned = gpus.pinned(2 * self._n_slots * piece_bytes)
-        self._mine, self._sums = pinned.reshape(2, self._n_slots, piece_bytes)
+        n_bytes = 2 * self._n_slots * self._piece_bytes
+        self._memory = as_any(device.plain(n_bytes)) if direct else gpus.pinned(n_bytes)
         self._came_up: list[Event | None] = [None] * self._n_slots
         self._passed = 0  # pieces of all segments so far
 
@@ -72,6 +92,14 @@ class Crossing:
         self._up.wait(ready)
         step = self._leg.sizes.segment_bytes // mine.itemsize
         pieces = [(k, min(k + step, mine.size)) for k in range(0, mine.size, step)]
+        try:
+            self._carry(mine, out, pieces)
+        except BaseException:
+            _cut.append(self)
+            raise
+        on.wait(self._up.record())
+
+    def _carry(self, mine: DeviceArray, out: DeviceArray, pieces: list[tuple[int, int]]) -> None:
         first, down = self._passed, list[Event]()
         started = finished = 0
         self._passed += len(pieces)
@@ -80,16 +108,15 @@ class Crossing:
             before = len(down) + started + finished
             if len(down) < len(pieces) and len(down) - finished < self._n_slots:
                 low, high = pieces[len(down)]
-                host = self._host(self._mine, first + len(down), high - low, mine.dtype)
-                self._device.download(mine[low:high], host, self._down)
+                self._bring_down(first + len(down), mine[low:high])
                 down.append(self._down.record())
             if started < len(down) and self._may_start(
                 started - finished, first + started, down[started]
             ):
                 low, high = pieces[started]
                 number = first + started
-                part = self._host(self._mine, number, high - low, mine.dtype)
-                self._leg.start(part, self._host(self._sums, number, high - low, out.dtype))
+                part = self._place(_MINE, number, high - low, mine.dtype)
+                self._leg.start(part, self._place(_SUMS, number, high - low, out.dtype))
                 started += 1
             if finished < started and self._leg.finish_one():
                 low, high = pieces[finished]
@@ -99,7 +126,6 @@ class Crossing:
                 self._watch.check()
                 self._watch.look()
                 self._waiting.pause()
-        on.wait(self._up.record())
 
     def _may_start(self, under_way: int, number: int, down: Event) -> bool:
         """Say whether the leg has room, the piece is here, and its place for the sum is free."""
@@ -107,11 +133,22 @@ class Crossing:
         has_room = under_way < self._leg.sizes.depth
         return has_room and down.done() and (came_up is None or came_up.done())
 
+    def _bring_down(self, number: int, mine: DeviceArray) -> None:
+        place = self._place(_MINE, number, mine.size, mine.dtype)
+        if self.direct:
+            self._device.copy(mine, as_device(place), self._down)
+        else:
+            self._device.download(mine, place, self._down)
+
     def _bring_up(self, number: int, out: DeviceArray) -> None:
-        host = self._host(self._sums, number, out.size, out.dtype)
-        self._device.upload(host, out, self._up)
+        place = self._place(_SUMS, number, out.size, out.dtype)
+        if self.direct:
+            self._device.copy(as_device(place), out, self._up)
+        else:
+            self._device.upload(place, out, self._up)
         self._came_up[number % self._n_slots] = self._up.record()
 
-    def _host(self, slots: Array, number: int, n: int, dtype: DType) -> Array:
-        part: Array = slots[number % self._n_slots][: n * dtype.itemsize].view(dtype)
+    def _place(self, which: int, number: int, n: int, dtype: DType) -> Array:
+        start = (which * self._n_slots + number % self._n_slots) * self._piece_bytes
+        part: Array = self._memory[start : start + n * dtype.itemsize].view(dtype)
         return part

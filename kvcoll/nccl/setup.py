@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
+from .. import mpi_takes
 from ..errors import ArgumentError, CollectiveError, WaitEndedError, name_of, rebuild, text_of
 from ..gpu.device import Device, Gpus, Stream
 from ..gpu.nccl import UNIQUE_ID_BYTES, Communicator, Nccl
@@ -22,11 +23,12 @@ from ..topology import Topology
 from ..transport import mpi
 from ..transport.alarm import Alarm
 from ..transport.contract import Messenger
-from ..transport.leg import DirectLeg, LegSizes
+from ..transport.leg import DirectLeg, Leg, LegSizes
 from ..transport.losses import Losses
 from ..transport.waiting import Waiting
 from .crossing import Crossing
 from .exchange import SCRATCH_BYTES, Clique, Member
+from .gpu_leg import GpuLeg
 from .transport import SMALL_BYTES, GpuTransport
 from .watch import Watch
 
@@ -53,6 +55,7 @@ def transport_for(
     patient: bool = False,
     home: tuple[Device, Stream] | None = None,
     limit_s: float = LIMIT_S,
+    mpi_gets: str = mpi_takes.STAGED,
     scratch_bytes: int = SCRATCH_BYTES,
     small_bytes: int = SMALL_BYTES,
 ) -> GpuTransport:
@@ -76,6 +79,9 @@ def transport_for(
         The GPU and the stream of a store that is there already; by default those of the rank.
     limit_s : float, optional
         How long a transfer among GPUs may make no way.
+    mpi_gets : str, optional
+        How what crosses between hosts comes to MPI: one of the words of `mpi_takes.wanted`. It
+        gets addresses of GPUs where all ranks want it, and where it was seen to take them.
     scratch_bytes, small_bytes : int, optional
         As for `Clique` and `GpuTransport`.
 
@@ -116,16 +122,15 @@ def transport_for(
     comms = [nccl_comm] if nccl_comm else []
     watch = Watch(comms, limit_s, who, losses.alarm, survives=losses.survives)
     lanes = min(len(ranks) for ranks in topology.hosts)
+    direct = topology.num_hosts > 1 and _takes(messenger, topology, device, mpi_gets)
 
     def make() -> GpuTransport:
         clique = Clique(nccl, [member], here.size, lanes=lanes, scratch_bytes=scratch_bytes)
         crossing = None
         if topology.num_hosts > 1 and topology.local_rank < lanes:
-            sizes = LegSizes.between_hosts(topology.num_hosts, lanes)
-            groups = [[host] for host in range(topology.num_hosts)]
-            adder = Adder(groups, sizes.row_bytes(topology.num_hosts), tree=tree)
-            leg = DirectLeg(lane, mpi.import_mpi(), adder, sizes, losses)
-            crossing = Crossing(leg, gpus, device, waiting or Waiting(alarm=losses.alarm), watch)
+            leg = _leg(lane, device, lanes, losses, tree=tree, direct=direct)
+            how = waiting or Waiting(alarm=losses.alarm)
+            crossing = Crossing(leg, gpus, device, how, watch, direct=direct)
         order = order_of([range(here.size)], tree=tree)
         return GpuTransport(
             flat, gpus, member, clique, order, crossing, watch, small_bytes=small_bytes
@@ -137,6 +142,28 @@ def transport_for(
         if nccl_comm is not None:
             nccl_comm.abort()
         raise
+
+
+def _leg(
+    lane: MPI.Intracomm, device: Device, lanes: int, losses: Losses, *, tree: bool, direct: bool
+) -> Leg:
+    size, library = lane.size, mpi.import_mpi()
+    if direct:
+        return GpuLeg(lane, library, device, LegSizes.on_gpus(size), losses, tree=tree)
+    sizes = LegSizes.between_hosts(size, lanes)
+    adder = Adder([[host] for host in range(size)], sizes.row_bytes(size), tree=tree)
+    return DirectLeg(lane, library, adder, sizes, losses)
+
+
+def _takes(messenger: Messenger, topology: Topology, device: Device, wanted: str) -> bool:
+    """Say whether MPI gets addresses of GPUs' memory, on all ranks alike; collective.
+
+    The first rank of each host tries it for all of them: one more process a GPU is enough.
+    """
+    why_not = "it shall not" if wanted == mpi_takes.STAGED else ""
+    if wanted == mpi_takes.AUTO and topology.local_rank == 0:
+        why_not = mpi_takes.why_not(device.index)
+    return not any(_texts_of_all(messenger, why_not))
 
 
 def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sight]]:

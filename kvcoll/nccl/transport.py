@@ -9,7 +9,7 @@ host without any wait; what a sink gets is valid for work that it puts on that s
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, final
 
 import numpy as np
@@ -65,6 +65,7 @@ class GpuTransport(Transport):
     stream : Stream
         On which all its work is done, and that of its sinks.
     beside : Transport
+    crossing : Crossing or None
     watch : Watch
     """
 
@@ -84,7 +85,7 @@ class GpuTransport(Transport):
         self.device: Device = member.device
         self.stream: Stream = member.stream
         self.beside, self._member, self._clique = beside, member, clique
-        self._order, self._crossing, self.watch = order, crossing, watch
+        self._order, self.crossing, self.watch = order, crossing, watch
         self._is_one_host = self.topology.num_hosts == 1
         self._small_bytes = small_bytes
         # Of the longest round: the part that this rank adds, before other hosts' are added, and
@@ -93,7 +94,9 @@ class GpuTransport(Transport):
         n_bytes = clique.step(self._n_rows, 1)
         of_host_bytes = 0 if crossing is None else n_bytes // clique.lanes
         self._of_host = [self.device.empty(of_host_bytes, np.uint8, self.stream) for _ in range(2)]
-        self._total = self.device.empty(n_bytes, np.uint8, self.stream)
+        # Across hosts one sum is written while the last one's sink may still read.
+        n_totals = 1 if self._is_one_host else 2
+        self._totals = [self.device.empty(n_bytes, np.uint8, self.stream) for _ in range(n_totals)]
         self._staged = gpus.pinned(_STAGED_BYTES)
         self._is_open = True
 
@@ -105,11 +108,21 @@ class GpuTransport(Transport):
         """Sum in rounds, each of which the sink gets; see `Transport.all_reduce_pieces`."""
         own = as_device(source)
         step = self._step(own.dtype, dtype)
-        for low in range(0, own.size, step):
-            part = own[low : low + step]
-            total = self._total[: part.size * dtype.itemsize].view(dtype)
-            self._sum(part, total)
-            sink(low, low + part.size, as_any(total))
+        parts = [slice(low, min(low + step, own.size)) for low in range(0, own.size, step)]
+
+        def out_of(number: int) -> DeviceArray:
+            n = parts[number].stop - parts[number].start
+            return self._totals[number % len(self._totals)][: n * dtype.itemsize].view(dtype)
+
+        def hand_over(number: int) -> None:
+            sink(parts[number].start, parts[number].stop, as_any(out_of(number)))
+
+        if len(parts) > 1:
+            self.watch.check()
+            self._in_rounds(own, parts, out_of, hand_over)
+        elif parts:
+            self._sum(own, out_of(0))
+            hand_over(0)
 
     def window(self, private: Array) -> Window:
         """Give private memory: GPUs show one another nothing."""
@@ -223,16 +236,40 @@ class GpuTransport(Transport):
         else:
             step = self._step(source.dtype, out.dtype)
             parts = [slice(low, low + step) for low in range(0, source.size, step)]
+            self._in_rounds(source, parts, lambda number: out[parts[number]], _nothing)
+            return
+        self._expect_sum(source)
+
+    def _in_rounds(
+        self,
+        source: DeviceArray,
+        parts: Sequence[slice],
+        out_of: Callable[[int], DeviceArray],
+        then: Callable[[int], None],
+    ) -> None:
+        """Sum parts of which each is a round.
+
+        Parameters
+        ----------
+        source : DeviceArray
+        parts : sequence of slice
+        out_of : callable
+            Gives where the sum of a part goes: across hosts that of the part but one before it at
+            the earliest.
+        then : callable
+            Gets the number of a part whose sum is there for work on the stream.
+        """
+        ahead = self._bring(source[parts[0]], out_of(0), 0)
+        for number in range(len(parts)):
+            now, after = ahead, number + 1
             # While one round crosses, the next one is added within the host.
-            ahead = self._bring(source[parts[0]], out[parts[0]], 0)
-            for number, part in enumerate(parts, start=1):
-                now = ahead
-                if number < len(parts):
-                    after = parts[number]
-                    ahead = self._bring(source[after], out[after], number)
-                self._finish(now, out[part])
-        if self._clique.size > 1:
-            self._expect("all_reduce", source)
+            if after < len(parts) and not self._is_one_host:
+                ahead = self._bring(source[parts[after]], out_of(after), after)
+            self._finish(now, out_of(number))
+            self._expect_sum(source)
+            then(number)
+            if after < len(parts) and self._is_one_host:
+                ahead = self._bring(source[parts[after]], out_of(after), after)
 
     def _bring(self, source: DeviceArray, out: DeviceArray, number: int) -> _Round:
         """Add this rank's segment of a round over the ranks of the host."""
@@ -245,7 +282,7 @@ class GpuTransport(Transport):
         if member.rank in segments:
             low, high = bounds[member.rank]
             of_host = out[low:high]
-            if self._crossing is not None:
+            if self.crossing is not None:
                 dtype = wide(out.dtype)
                 place = self._of_host[number % 2]
                 of_host = place[: of_host.size * dtype.itemsize].view(dtype)
@@ -255,9 +292,9 @@ class GpuTransport(Transport):
     def _finish(self, now: _Round, out: DeviceArray) -> None:
         """Sum a round's segments over the hosts, and give them to all ranks."""
         rank = self._member.rank
-        if self._crossing is not None and now.of_host is not None and now.of_host.size:
+        if self.crossing is not None and now.of_host is not None and now.of_host.size:
             low, high = now.bounds[rank]
-            self._crossing.sum(now.of_host, out[low:high], now.ready, self.stream)
+            self.crossing.sum(now.of_host, out[low:high], now.ready, self.stream)
         self._clique.give({rank: out}, now.bounds)
 
     def _is_small(self, source: DeviceArray) -> bool:
@@ -290,6 +327,14 @@ class GpuTransport(Transport):
                 self.device.upload(host, part, self.stream)
                 self.watch.wait(self.stream.record())
 
+    def _expect_sum(self, source: DeviceArray) -> None:
+        if self._clique.size > 1:
+            self._expect("all_reduce", source)
+
     def _expect(self, what: str, array: DeviceArray) -> None:
         ranks = f"the GPUs of {self._clique.size} ranks"
         self.watch.expect(f"{what} of {describe(array)} among {ranks}", self.stream.record())
+
+
+def _nothing(number: int) -> None:
+    pass

@@ -22,6 +22,7 @@ from ..errors import DTypeMismatchError
 from ..schema import Key, Spec
 from .settings import Scheduler, Settings
 from .step import Step as Step  # subclasses of others look for it here
+from .step import is_one
 
 # Measured for SGD with momentum: 64 k elements are 2.5 times as fast as the whole
 # of a large key at once; below 8 k the calls into NumPy cost more than they save.
@@ -239,14 +240,14 @@ class Optimizer(Settings):
         rescale = float(self.rescale_grad)
         if self.clip_gradient is None:
             rescale *= factor
-            if rescale == 1.0 and not wd:
+            if is_one(rescale) and not wd:
                 return grad
             np.multiply(grad, rescale, out=own)
         else:
             np.multiply(grad, rescale, out=own)
             clip = float(self.clip_gradient)
             np.clip(own, -clip, clip, out=own)
-            if factor != 1.0:
+            if not is_one(factor):
                 np.multiply(own, factor, out=own)
         if wd:
             np.multiply(weight, wd * factor, out=scratch[1])

@@ -110,12 +110,14 @@ begin_num_update
         direction = self._direction(weight, state, scratch, step)
         return sum_of_squares(weight, scratch[0]), sum_of_squares(direction, scratch[0])
 
+    def limits(self) -> tuple[float | None, float | None]:
+        """Give what the settings say."""
+        bounds = self.lower_bound, self.upper_bound
+        low, high = (None if bound is None else float(bound) for bound in bounds)
+        return low, high
+
     def _trust(self, weight_norm: float, other_norm: float, step: Step) -> float:
-        if self.lower_bound is not None:
-            weight_norm = max(weight_norm, float(self.lower_bound))
-        if self.upper_bound is not None:
-            weight_norm = min(weight_norm, float(self.upper_bound))
-        return 1.0 if weight_norm == 0 or other_norm == 0 else weight_norm / other_norm
+        return weight_norm / other_norm
 
     def _step(
         self, weight: Array, grad: Array, state: list[Array], scratch: list[Array], step: Step

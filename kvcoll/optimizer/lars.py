@@ -101,10 +101,9 @@ param_idx2name, begin_num_update
         return sum_of_squares(weight, scratch[1]), sum_of_squares(g, scratch[1])
 
     def _trust(self, weight_norm: float, other_norm: float, step: Step) -> float:
-        if weight_norm == 0 or other_norm == 0:
-            return 1.0
         limit = other_norm + step.wd * weight_norm + float(self.eps)
-        return float(np.divide(float(self.eta) * weight_norm, limit))  # not an error if it is 0
+        ratio: float = np.divide(float(self.eta) * weight_norm, limit)  # not an error if it is 0
+        return ratio
 
     def _step(
         self, weight: Array, grad: Array, state: list[Array], scratch: list[Array], step: Step

@@ -50,8 +50,24 @@ class LayerWise(Optimizer):
         return self._measure(*self._widened(weight, grad, state), step)
 
     def trust(self, weight_squares: float, other_squares: float, step: Step) -> float:
-        """Give the factor of a key's step, from the sums of all its pieces."""
-        return self._trust(math.sqrt(weight_squares), math.sqrt(other_squares), step)
+        """Give the factor of a key's step, from the sums of all its pieces; 1 if a norm is 0."""
+        weight_norm, other_norm = math.sqrt(weight_squares), math.sqrt(other_squares)
+        low, high = self.limits()
+        if low is not None:
+            weight_norm = max(weight_norm, low)
+        if high is not None:
+            weight_norm = min(weight_norm, high)
+        if weight_norm == 0 or other_norm == 0:
+            return 1.0
+        return float(self.ratio(weight_norm, other_norm, step))
+
+    def ratio(self, weight_norm: float, other_norm: float, step: Step) -> float:
+        """Give the factor that norms make which are not 0; see `_trust`."""
+        return self._trust(weight_norm, other_norm, step)
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """Give between what the norm of a value is taken to be; None for no limit."""
+        return None, None
 
     @abstractmethod
     def _measure(
@@ -64,7 +80,10 @@ class LayerWise(Optimizer):
 
     @abstractmethod
     def _trust(self, weight_norm: float, other_norm: float, step: Step) -> float:
-        """Give the factor of a key's step."""
+        """Give the factor of a key's step, by arithmetic alone: on a GPU norms are symbols.
+
+        It is not asked where one of them is 0.
+        """
 
 
 def sum_of_squares(array: Array, scratch: Array) -> float:

@@ -26,6 +26,11 @@ class Step:
     trust: float = 1.0  # what the norms of the key make of it
 
 
+def is_one(factor: float) -> bool:
+    """Say whether a factor is known to change nothing: of one that a GPU will know it is not."""
+    return isinstance(factor, float) and factor == 1.0
+
+
 def power(base: float, count: int) -> float:
     """Give ``base**count`` for a whole number that is not below 0.
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -35,6 +36,7 @@ _SMALL_BYTES = 16 << 10
 # On one machine there is no wire to fill, and each message costs: with Open MPI short ones
 # took four times as long.
 _MEMORY_MESSAGE_BYTES, _MEMORY_SCRATCH_BYTES, _MEMORY_DEPTH = 2 << 20, 64 << 20, 1
+_GPU_SEGMENT_BYTES, _SMALLEST_GPU_PART_BYTES, _GPU_DEPTH = 1 << 20, 64 << 10, 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ class LegSizes:
         """Choose for `size` ranks of one host."""
         part_bytes = min(_MEMORY_MESSAGE_BYTES, _MEMORY_SCRATCH_BYTES // size)
         return cls(size * part_bytes, _MEMORY_MESSAGE_BYTES, _MEMORY_DEPTH, 0)
+
+    @classmethod
+    def on_gpus(cls, size: int) -> LegSizes:
+        """Choose for one rank of each of `size` hosts, whose MPI reads and writes its GPU.
+
+        Not measured: long enough that a message costs less than its bytes, and short enough that
+        several are under way in what a round brings.
+        """
+        segment_bytes = max(_GPU_SEGMENT_BYTES, size * _SMALLEST_GPU_PART_BYTES)
+        whole_bytes = segment_bytes if size == 2 else _SMALL_BYTES // size
+        return cls(segment_bytes, segment_bytes, _GPU_DEPTH, whole_bytes)
 
     def row_bytes(self, size: int) -> int:
         """Say how long the longest row is that one of `size` peers adds."""
@@ -206,14 +219,18 @@ class DirectLeg(Leg):
         return segment
 
     def _parts(self, n: int) -> list[slice]:
-        """Say which part of a segment each peer adds."""
-        bounds = [n * k // self._size for k in range(self._size + 1)]
-        return [slice(bounds[k], bounds[k + 1]) for k in range(self._size)]
+        return parts_of(n, self._size)
 
     def _exchange(
         self, received: list[tuple[int, Array]], sent: list[tuple[int, Array]], tag: int
     ) -> list[MPI.Request]:
         return post(self._comm, self._byte, received, sent, tag, self.sizes.message_bytes)
+
+
+def parts_of(n: int, size: int) -> list[slice]:
+    """Say which part of a segment of n elements each of `size` peers adds."""
+    bounds = [n * k // size for k in range(size + 1)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def post(

@@ -1,7 +1,12 @@
-"""Runs what may crash, hang or load foreign libraries in a process of its own."""
+"""Runs what may crash, hang or load foreign libraries in a process of its own.
+
+Rules of the file: whatever that process does, and those that it starts, this one goes on after
+the time it was given.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,6 +18,7 @@ from typing import Any
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _FIRST_LINES, _LAST_LINES = 9, 3
+_GONE_WITHIN_S = 5.0  # what a killed process has to go
 # What a launcher tells its ranks; who inherits it takes itself for one of them.
 _OF_A_LAUNCHER = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDI_", "MPI_LOCAL", "PALS_", "MV2_COMM_")
 _OF_THE_USER = ("OMPI_MCA_", "OMPI_ALLOW_", "PMIX_MCA_", "PRTE_MCA_")
@@ -40,23 +46,36 @@ def ask(
     why : str
         How it ended, and the last lines that it wrote; ``''`` if all went well.
     """
+    child = subprocess.Popen(
+        command(module, *arguments),
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that those which it starts can be ended with it
+    )
     try:
-        ended = subprocess.run(
-            command(module, *arguments),
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit_s,
-            check=False,
-        )
+        raw, _ = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         return {}, f"it did not end within {limit_s:g} s"
-    said = ended.stdout.decode(errors="replace")
+    finally:
+        _end(child)
+    said = raw.decode(errors="replace")
     lines = said.splitlines()
-    if ended.returncode == 0 and lines and lines[-1].startswith("{"):
-        return json.loads(lines[-1]), ""
-    return {}, how_it_ended(ended.returncode, said)
+    if child.returncode == 0 and lines and lines[-1].startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(lines[-1]), ""
+    return {}, how_it_ended(child.returncode, said)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all of its session; not even one that a driver holds is waited for."""
+    with contextlib.suppress(OSError):  # nobody is left
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_GONE_WITHIN_S)
+    if child.stdout is not None:
+        child.stdout.close()
 
 
 def how_it_ended(returncode: int, said: str) -> str:
