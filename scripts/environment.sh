@@ -101,11 +101,13 @@ _kvcoll_set_up() {
                 _kvcoll_install "$python" "$stamp" 9<&-
         ) 9<"$kvcoll_root" || return
     fi
-    case :$PATH: in
-        *":$kvcoll_venv/bin:"*) ;;
+    case $PATH in # not anywhere in it: the environment of another MPI may stand before
+        "$kvcoll_venv/bin:"*) ;;
         *) export PATH="$kvcoll_venv/bin:$PATH" ;;
     esac
     export VIRTUAL_ENV=$kvcoll_venv OMPI_MCA_osc=^ucx # ucx: one-sided calls abort where no fabric is
+    # Ranks bound to a core each wait for whatever else runs on one of them, and all others for that rank.
+    export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy:-none}
     if [ "$(id -u)" = 0 ]; then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi

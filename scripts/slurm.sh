@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 #
 # The Python is that of the environment that was active when the job was submitted, if it holds kvcoll and
-# mpi4py, else that of scripts/environment.sh (which makes it, if that has not been done on a login node).
+# mpi4py; else, or if KVCOLL_MPI names an MPI, that of scripts/environment.sh (which makes it, if that has not
+# been done on a login node).
 #
 # Settings, all optional; sbatch passes the environment on:
 #   KVCOLL_LAUNCHER=srun|mpirun   who starts the ranks; mpirun does on the job's nodes, too. Default: srun for
@@ -12,7 +13,8 @@
 
 # Not from this folder, where kvcoll is found by any Python, but by the programs in scripts/ it is not.
 _kvcoll_find_python() {
-    (cd / && python -c 'import kvcoll, mpi4py') 2>/dev/null || source scripts/environment.sh
+    { [ -z "${KVCOLL_MPI-}" ] && (cd / && python -c 'import kvcoll, mpi4py') 2>/dev/null; } ||
+        source scripts/environment.sh
 }
 
 # The name of the MPI that mpi4py loads, without starting it.

@@ -44,12 +44,18 @@ import train_arrays
 import train_checkpoint
 import train_elastic
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from sklearn.datasets import load_digits
-from tqdm import tqdm
 
 import kvcoll
+
+try:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+    from sklearn.datasets import load_digits
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"train.py: there is no module '{error.name}': pip install '.[train]' in kvcoll's folder"
+    )
 
 Floats = NDArray[np.float32]
 Params = dict[str, Floats]
@@ -612,4 +618,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (kvcoll.errors.MissingDependencyError, kvcoll.errors.LaunchError) as error:
+        sys.exit(f"train.py: error: {error}")  # the user's to mend, and no line of this program

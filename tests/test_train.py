@@ -132,6 +132,34 @@ def test_weights_of_another_network_or_of_no_network_are_refused(tmp_path: Path)
     assert f"cannot start from {foreign}: " in no_weights.stderr
 
 
+@pytest.mark.parametrize("module", ["safetensors", "sklearn", "tqdm"])
+def test_a_package_that_is_not_there_is_named_with_the_cure(module: str) -> None:
+    code = f"""
+import runpy, sys
+sys.modules[{module!r}] = None  # as if it were not installed
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")"""
+    job = start_alone("-c", code)
+    assert job.returncode == 1
+    assert job.stderr.startswith(f"train.py: there is no module '{module}")
+    assert job.stderr.endswith(": pip install '.[train]' in kvcoll's folder\n")
+    assert job.stderr.count("\n") == 1
+
+
+def test_a_store_that_this_machine_cannot_have_is_an_error_without_a_traceback(
+    start: Start,
+) -> None:
+    code = f"""
+import runpy, sys
+sys.modules["cupy"] = None
+sys.argv = ["train.py", "--kv-store", "dist_device_sync"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")"""
+    job = start(2, "-c", code)
+    assert (job.returncode, job.timed_out) == (1, False)
+    assert job.stderr.count("train.py: error: rank 0: ") == 2
+    assert "CuPy is not installed" in job.stderr
+    assert "Traceback" not in job.stderr
+
+
 def test_a_file_that_only_rank_0_misses_ends_all_ranks_with_one_message(start: Start) -> None:
     job = start(2, SCRIPT, "--start-from", "/nowhere/digits.safetensors")
     assert (job.returncode, job.timed_out) == (2, False)

@@ -1,0 +1,66 @@
+"""The shell's part: whose Python and MPI a command or a job gets, and how ranks lie on cores."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpi_job import clean_environment
+
+pytestmark = pytest.mark.single
+
+ROOT = Path(__file__).parents[1]
+SOURCE = "source scripts/environment.sh && "
+BINDING = "PRTE_MCA_hwloc_default_binding_policy"
+
+
+def made(folder: Path, mpi: str) -> Path:
+    """Make a folder that scripts/environment.sh takes for the environment it made for this MPI."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/python").symlink_to(sys.executable)
+    settings = b"".join((ROOT / name).read_bytes() for name in ("setup.cfg", "pyproject.toml"))
+    version = f"{sys.version_info[:3]} {sys.base_prefix}"
+    digest = hashlib.sha256(settings).hexdigest()
+    (folder / "kvcoll-stamp").write_text(f"{mpi} {folder} {version}\n{digest}  -\n")
+    return folder
+
+
+def said_by(script: str, **variables: str) -> str:
+    """Run a script of bash in the repository's folder, and return the last line it prints."""
+    env = clean_environment() | {"PYTHON": sys.executable} | variables
+    command = ["bash", "-c", script]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ran.returncode == 0, ran
+    return ran.stdout.splitlines()[-1]
+
+
+def test_the_environment_that_was_sourced_last_comes_first(tmp_path: Path) -> None:
+    one, other = made(tmp_path / "one", "openmpi"), made(tmp_path / "other", "mpich")
+    first = f"KVCOLL_VENV={one} KVCOLL_MPI=openmpi; {SOURCE}"
+    second = f"KVCOLL_VENV={other} KVCOLL_MPI=mpich; {SOURCE}"
+    assert said_by(f"{first}{second}command -v python") == f"{other}/bin/python"
+    assert said_by(f"{first}{second}{first}command -v python") == f"{one}/bin/python"
+
+
+def test_mpirun_by_hand_binds_no_rank_to_a_core_unless_it_is_told_to(tmp_path: Path) -> None:
+    venv = str(made(tmp_path / "venv", "openmpi"))
+    said = f"{SOURCE}printenv {BINDING}"
+    assert said_by(said, KVCOLL_VENV=venv, KVCOLL_MPI="openmpi") == "none"
+    told = {BINDING: "core", "KVCOLL_VENV": venv, "KVCOLL_MPI": "openmpi"}
+    assert said_by(said, **told) == "core"
+
+
+def test_a_job_has_the_mpi_that_it_names_whichever_environment_is_active(tmp_path: Path) -> None:
+    venv = made(tmp_path / "venv", "mpich")
+    active = tmp_path / "active"
+    active.mkdir()
+    (active / "python").write_text("#!/bin/sh\n")  # finds all that it is asked to import
+    (active / "python").chmod(0o755)
+    script = f"PATH={active}:$PATH; source scripts/slurm.sh && command -v python"
+    assert said_by(script, KVCOLL_VENV=str(venv), KVCOLL_MPI="") == f"{active}/python"
+    assert said_by(script, KVCOLL_VENV=str(venv), KVCOLL_MPI="mpich") == f"{venv}/bin/python"
