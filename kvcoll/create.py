@@ -165,7 +165,9 @@ def create(
         Keep each rank's values whole also while a push runs, so that `KVStore.recover` goes on
         from there wherever a rank is lost: sums are complete, in memory of their own, before a
         stored value is touched. Without, a loss in the midst of a sum needs a checkpoint. On
-        GPUs each push waits for its sum then.
+        GPUs each push waits for its sum then. Cost: a copy of the sum, and its memory. Two
+        ranks of a host pushed ResNet-50 with SGD and momentum in 50 instead of 38 ms, 10 M
+        elements without an optimizer in 13.0 instead of 7.1 ms.
     watchdog : bool or Watchdog, default True
         Of a distributed store: say on rank 0 who is late, and where its Python code is, when a
         call waits for other ranks for very long; raise `LateRankError`, or end the job, after

@@ -59,7 +59,10 @@ def main() -> None:
 def compare(
     comm: MPI.Intracomm, what: str, call: Callable[[], None], calls: int, rounds: int
 ) -> None:
-    """Time a call with the thread and without, in turn; print medians of the slowest rank."""
+    """Time a call with the thread and without, in turn; print medians of the slowest rank.
+
+    The ratio is the median over neighbouring rounds, between those at a quarter and at three.
+    """
     times: dict[bool, list[float]] = {True: [], False: []}
     for number in range(2 * rounds + 2):
         is_on = number % 2 == 0
@@ -72,7 +75,13 @@ def compare(
         if number >= 2:
             times[is_on].append(took_s)
     on_s, off_s = statistics.median(times[True]), statistics.median(times[False])
-    say(comm, f"{what}: {on_s * 1e6:.2f} us with, {off_s * 1e6:.2f} us without: {on_s / off_s:.4f}")
+    ratios = [one / other for one, other in zip(times[True], times[False], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    say(
+        comm,
+        f"{what}: {on_s * 1e6:.2f} us with, {off_s * 1e6:.2f} us without; "
+        f"ratio {ratio:.4f} ({low:.4f} to {high:.4f})",
+    )
 
 
 def written_ns() -> float:
