@@ -506,7 +506,12 @@ class AcrossRanks(Agreement):
                 return
             time.sleep(0)
         while not pending.done():
-            time.sleep(_FILE_NAP_S)
+            try:
+                time.sleep(_FILE_NAP_S)
+            except BaseException:  # of a signal's handler: the others count on this round
+                while not pending.done():
+                    time.sleep(_FILE_NAP_S)
+                raise
 
     def _verdict(self, mine: Report) -> Exception:
         return self._judged(self._reports(mine))

@@ -192,7 +192,7 @@ def create(
         A store on GPUs: there is no GPU, the driver or NCCL is too old, two ranks would share a
         GPU, or NCCL does not bring the ranks' GPUs together; the same error on all ranks.
     LaunchError
-        The job was started by the launcher of another MPI.
+        The job was started by the launcher of another MPI; or MPI.Finalize() was called.
     ThreadError
         `overlap` or ``'dist_async'``, and MPI was not started for several threads.
     RanksDisagreeError
@@ -503,14 +503,16 @@ def _leave_all() -> None:
     # The link of the world, even with no store open: others may be about to make one.
     in_use = [link for link in _links if link in _world or link.ranks.has_open_store]
     watching.program_ends()
-    farewell.finish([_leave(link.ranks, why) for link in in_use])
-    on_gpus.end_all()
-    watching.stop()
+    try:
+        farewell.finish([_leave(link.ranks, why) for link in in_use])
+        on_gpus.end_joined()
+    finally:  # their threads call MPI, which ends
+        watching.stop()
+        for link in _links:
+            if link.lifeline is not None:
+                link.lifeline.close()
     if not _links:
         return
-    for link in _links:
-        if link.lifeline is not None:
-            link.lifeline.close()
     from .transport import mpi
 
     # A late store's link has the losses, and the ranks, of one that comes before.
@@ -530,14 +532,19 @@ def _mind_mpi_end() -> None:
 
 def _before_mpi_ends() -> None:
     """Leave all stores: the program calls MPI_Finalize itself, and may do other work after it."""
-    _leave_all()
-    for survivor, _ in _open_stores:
-        survivor.store._end(f"MPI.Finalize() {_WAS_CALLED}")
+    try:
+        _leave_all()
+    finally:
+        for survivor, _ in _open_stores:
+            survivor.store._end(f"MPI.Finalize() {_WAS_CALLED}")
 
 
 @atexit.register
 def _at_exit() -> None:
-    _leave_all()
+    try:
+        _leave_all()
+    finally:
+        on_gpus.end_own()
     if not _links:
         return
     from .transport import mpi
@@ -566,6 +573,7 @@ def _forget_all() -> None:
     _have_left = False
     farewell.forget()
     watching.forget()
+    on_gpus.forget()
     exiting.forget()
 
 

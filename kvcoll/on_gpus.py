@@ -214,12 +214,22 @@ class Joining:
         return made
 
 
-def end_all() -> None:
-    """Let go of NCCL where stores are still open as the process ends; never waits long."""
+def end_joined() -> None:
+    """Let go of NCCL between ranks where stores are open as MPI ends; never waits long."""
     for transport in list(_open):
         transport.end()
+
+
+def end_own() -> None:
+    """Let go of NCCL among the GPUs of this process where stores are open as it ends."""
     for let_go in list(_ends):
         let_go()
+
+
+def forget() -> None:
+    """Have no stores: in a child made by fork they are its parent's."""
+    _open.clear()
+    _ends.clear()
 
 
 def _place(gpus: Gpus, first: object, patience: Patience | None = None) -> GpuPlace:

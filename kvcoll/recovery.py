@@ -240,7 +240,7 @@ def recover(link: Link, stores: Mapping[Recoverable, Link], limit_s: float) -> N
         if bits == _ALL:
             break
         if bits is not None and not bits & _WELL:
-            raise attempt.error or _failed_elsewhere(bits)
+            raise _verdict(attempt.error, bits)
     attempt.commit()
     link.guard_hosts()
 
@@ -320,19 +320,26 @@ class _Attempt:
         self._commits += [link_moves, partial(link.count, n_made)]
 
 
-def _failed_elsewhere(bits: int) -> RankFailedError:
-    """Make the error of a rank that another one's has called off before it found the same."""
+def _verdict(own: Exception | None, bits: int) -> Exception:
+    """Make the error of all ranks; one that another rank has found may have caused this one's."""
     if not bits & _RIGHT:
-        return BrokenMPIError(
+        if isinstance(own, BrokenMPIError):
+            return own
+        error: Exception = BrokenMPIError(
             "MPI gave another rank, which says more, wrong results after the loss: go on from a "
             "checkpoint in a new job"
         )
-    if not bits & _WHOLE:
-        return NoWholeReplicaError(
+    elif not bits & _WHOLE:
+        if isinstance(own, NoWholeReplicaError):
+            return own
+        error = NoWholeReplicaError(
             "no replica is whole, or the ranks have different updaters, as another rank was the "
             "first to find: load a checkpoint; create(..., elastic=True) keeps replicas whole"
         )
-    return RankFailedError("recover() failed on another rank, which has raised why")
+    else:
+        return own or RankFailedError("recover() failed on another rank, which has raised why")
+    error.__cause__ = own
+    return error
 
 
 def _not_through() -> WaitEndedError:

@@ -1181,6 +1181,8 @@ KeyKindError, ArrayError
         before its sum is complete, so that, without `elastic`, a loss may interrupt one on all
         ranks though it has returned. Cost: some 10 ms and, where a replica must be
         copied, MPI_Bcast of values and states. MPI_Comm_revoke, _shrink, _agree (ULFM).
+        Do not call MPI.Finalize() afterwards: now and then it hangs after a loss, which only the
+        end of the process sees to.
         """
         if self._guard.is_busy or self._guard.is_beside:
             raise self._guard.nested()

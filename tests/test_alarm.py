@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ import pytest
 from kvcoll.errors import LateRankError, RankFailedError, RankLostError, rebuild
 from kvcoll.transport.alarm import Alarm
 from kvcoll.transport.host import Counters
-from kvcoll.transport.losses import leave_out_han, survives_losses, uses_han
+from kvcoll.transport.leg import post
+from kvcoll.transport.losses import Losses, leave_out_han, survives_losses, uses_han
 from kvcoll.transport.waiting import Waiting
 
 
@@ -83,6 +87,8 @@ def test_errors_of_lost_and_late_ranks_are_rebuilt_from_their_names() -> None:
 class _Mpi:
     """As much of mpi4py.MPI as says which MPI it is."""
 
+    Exception = OSError
+
     def __init__(self, name: str, version: tuple[int, ...]) -> None:
         self._vendor = name, version
 
@@ -133,3 +139,39 @@ def test_collectives_are_left_out_only_where_losses_are_to_be_survived() -> None
         environ = {"OMPI_MCA_mpi_ft_enable": "1"} | ({"OMPI_MCA_coll": given} if given else {})
         leave_out_han(environ)
         assert environ["OMPI_MCA_coll"] == expected
+
+
+class _Request:
+    """One that tells when it is let go of."""
+
+    def __init__(self, gone: list[str], name: str) -> None:
+        self._gone, self._name = gone, name
+
+    def __del__(self) -> None:
+        self._gone.append(self._name)
+
+
+class _Comm:
+    """Begins three receives, and cannot begin a fourth."""
+
+    def __init__(self) -> None:
+        self.gone: list[str] = []
+        self._begun = 0
+
+    def Irecv(self, *message: object) -> _Request:  # noqa: N802
+        self._begun += 1
+        if self._begun == 4:
+            raise OSError("a peer has failed")
+        return _Request(self.gone, f"receive {self._begun}")
+
+    def Isend(self, *message: object) -> _Request:  # noqa: N802
+        raise AssertionError("nothing is sent")
+
+
+def test_messages_that_had_begun_when_one_could_not_keep_their_memory() -> None:
+    comm: Any = _Comm()
+    losses = Losses(_Mpi("MPICH", (5,)), cast("Any", SimpleNamespace(size=2)), Alarm())
+    with pytest.raises(OSError, match="a peer has failed"):
+        post(comm, cast("Any", None), [(1, np.zeros(50))], [], 0, 100, losses)
+    gc.collect()
+    assert comm.gone == []

@@ -41,7 +41,7 @@ def gpus(found: tuple[AnyGpus, Nccl], monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(on_gpus, "find", lambda: found)
     monkeypatch.setattr(on_gpus, "find_gpus", lambda: own)
     yield own
-    on_gpus.end_all()
+    on_gpus.end_own()
     check_closed(nccl)
     own.finish()
 

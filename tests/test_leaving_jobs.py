@@ -163,6 +163,28 @@ except LaunchError as error:
         assert lines(job, rank) == [*[f"the store was closed: {why}"] * 3, no_more]
 
 
+def test_nothing_of_kvcoll_calls_mpi_once_it_has_ended_whatever_has_failed(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    body = """
+import threading
+from kvcoll import on_gpus
+def fail():
+    raise OSError("CUDA is broken")
+on_gpus.end_joined = fail
+kv = kvcoll.create("dist_sync")
+MPI.Finalize()
+threads = [thread.name for thread in threading.enumerate()]
+assert "kvcoll-watchdog" not in threads, threads
+try:
+    kv.barrier()
+except StoreClosedError as error:
+    say("closed")
+"""
+    job = run(mpirun, tmp_path, 2, body)
+    assert [lines(job, rank) for rank in range(2)] == [["closed"]] * 2, job.stderr
+
+
 def test_stores_closed_by_all_ranks_end_quietly(mpirun: RunJob, tmp_path: Path) -> None:
     body = """
 with kvcoll.create("dist_sync") as a, kvcoll.create("dist_sync", reproducible=True) as b:

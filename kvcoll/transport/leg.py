@@ -232,7 +232,8 @@ class DirectLeg(Leg):
     def _exchange(
         self, received: list[tuple[int, Array]], sent: list[tuple[int, Array]], tag: int
     ) -> list[MPI.Request]:
-        return post(self._comm, self._byte, received, sent, tag, self.sizes.message_bytes)
+        n_bytes = self.sizes.message_bytes
+        return post(self._comm, self._byte, received, sent, tag, n_bytes, self._losses)
 
 
 def parts_of(n: int, size: int) -> list[slice]:
@@ -248,12 +249,31 @@ def post(
     sent: Iterable[tuple[int, Array]],
     tag: int,
     message_bytes: int,
+    losses: Losses,
 ) -> list[MPI.Request]:
     """Begin to receive and to send contiguous arrays in messages of at most `message_bytes`.
 
-    To and from every rank the first message goes first, then every second one.
+    To and from every rank the first message goes first, then every second one. What has begun
+    when one fails keeps its memory.
     """
-    requests = []
+    requests: list[MPI.Request] = []
+    try:
+        _post(comm, byte, received, sent, tag, message_bytes, requests)
+    except BaseException:
+        losses.hold(requests)
+        raise
+    return requests
+
+
+def _post(
+    comm: MPI.Intracomm,
+    byte: MPI.Datatype,
+    received: Iterable[tuple[int, Array]],
+    sent: Iterable[tuple[int, Array]],
+    tag: int,
+    message_bytes: int,
+    requests: list[MPI.Request],
+) -> None:
     ways: list[tuple[Any, Iterable[tuple[int, Array]]]]
     ways = [(comm.Irecv, received), (comm.Isend, sent)]
     for start_one, arrays in ways:
@@ -263,4 +283,3 @@ def post(
                 if low < raw.size:
                     message = [raw[low : low + message_bytes], byte]
                     requests.append(start_one(message, rank, tag))
-    return requests

@@ -8,6 +8,7 @@ loss only with ULFM, which is part of Open MPI 5 and on under ``mpirun --with-ft
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Mapping, MutableMapping
@@ -26,7 +27,6 @@ _NAP_S: Final = 1e-3
 _SWITCH: Final = "OMPI_MCA_mpi_ft_enable"
 _COLLECTIVES: Final = "OMPI_MCA_coll"
 _ON: Final = ("1", "true", "yes", "t", "y", "enabled")
-_held: list[object] = []  # for ever
 
 
 def survives_losses(mpi: Any, environ: Mapping[str, str] = os.environ) -> bool:
@@ -130,8 +130,12 @@ class Losses:
         return error
 
     def hold(self, *things: object) -> None:
-        """Keep requests that were not completed, and their memory: MPI may still write to it."""
-        _held.extend(things)
+        """Keep requests that were not completed, and their memory: MPI may still write to it.
+
+        For ever: MPI_Finalize, which may still push them on, comes after Python's own end.
+        """
+        for thing in things:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
     def __enter__(self) -> None:
         """Begin a block of calls of MPI."""

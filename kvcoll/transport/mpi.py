@@ -421,7 +421,13 @@ class MpiTransport(Transport):
         message_bytes = self._leg.sizes.message_bytes
         with self._losses:
             requests = post(
-                self._comm, self._byte, received.items(), sent.items(), _EXCHANGE, message_bytes
+                self._comm,
+                self._byte,
+                received.items(),
+                sent.items(),
+                _EXCHANGE,
+                message_bytes,
+                self._losses,
             )
         return _Exchange(requests, self._waiting, self._losses)
 
