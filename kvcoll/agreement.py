@@ -184,7 +184,7 @@ class Agreement(ABC):
 
     @abstractmethod
     def leave(self, why: str) -> Generator[None, None, Exception | None]:
-        """Take leave of the other ranks, in steps that do not wait.
+        """Take leave of the other ranks, in steps that do not wait; a store is open no more.
 
         Parameters
         ----------
@@ -424,6 +424,10 @@ class AcrossRanks(Agreement):
 
     def leave(self, why: str, store: int = 0) -> Generator[None, None, Exception | None]:
         """Take part in the next agreement as one that leaves; see `Agreement.leave`."""
+        self._open.discard(store)  # now: how far the steps have come differs between ranks
+        return self._leave_in_turn(why, store)
+
+    def _leave_in_turn(self, why: str, store: int) -> Generator[None, None, Exception | None]:
         turn = object()
         self._leaving.append(turn)
         while self._leaving[0] is not turn:
@@ -433,7 +437,6 @@ class AcrossRanks(Agreement):
                 return None
             return (yield from self._leave(why, store))
         finally:
-            self._open.discard(store)
             self._leaving.remove(turn)
 
     def _leave(self, why: str, store: int) -> Generator[None, None, Exception | None]:

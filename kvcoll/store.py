@@ -1293,8 +1293,13 @@ KeyKindError, ArrayError
 
     def _leave(self, why: str) -> Generator[None, None, Exception | None]:
         """Let pushes end in which the others wait for this rank, then take leave, in steps."""
+        return self._after_pushes(self._agreement.leave(why))
+
+    def _after_pushes(
+        self, leaving: Generator[None, None, Exception | None]
+    ) -> Generator[None, None, Exception | None]:
         yield from self._pushes_end()
-        return (yield from self._agreement.leave(why))
+        return (yield from leaving)
 
     def _pushes_end(self) -> Generator[None, None, None]:
         """Wait for pushes that are not complete, in steps; say what became of them."""

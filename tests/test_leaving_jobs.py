@@ -163,6 +163,26 @@ except LaunchError as error:
         assert lines(job, rank) == [*[f"the store was closed: {why}"] * 3, no_more]
 
 
+@pytest.mark.parametrize(
+    "create", ["'dist_async'", "'dist_sync', comm=MPI.COMM_WORLD.Dup()"], ids=["late", "own comm"]
+)
+def test_ranks_that_leave_a_store_by_an_exception_one_after_another_all_end(
+    mpirun: RunJob, tmp_path: Path, create: str
+) -> None:
+    body = f"""
+with kvcoll.create({create}) as kv:
+    kv.init(3, one)
+    kv.set_optimizer("sgd")
+    kv.push(3, one)
+    kv.barrier()
+    time.sleep(0.5 * rank)
+    raise LookupError("no data")
+"""
+    job = run(mpirun, tmp_path, 3, body)
+    assert job.returncode != 0
+    assert job.stderr.count("LookupError: no data") == 3
+
+
 def test_nothing_of_kvcoll_calls_mpi_once_it_has_ended_whatever_has_failed(
     mpirun: RunJob, tmp_path: Path
 ) -> None:
