@@ -17,9 +17,11 @@ from kvcoll import optimizer as optimizers
 from kvcoll.arrays import wide
 from kvcoll.gpu.array import as_any, as_device
 from kvcoll.gpu_place import GpuPlace
+from kvcoll.kernels.steps import trace_step
+from kvcoll.kernels.updates import Whole, rows_of_parts, rows_of_whole
 from kvcoll.optimizer.layerwise import LayerWise, sum_of_squares
 from kvcoll.optimizer.step import Step
-from kvcoll.place import Update
+from kvcoll.place import Parts, Update, UpdateEach
 
 pytestmark = [pytest.mark.single, needs_kernels]
 
@@ -112,6 +114,47 @@ def test_what_norms_make_of_steps_are_the_bits_of_the_host(
             optimizer.update_flat(weight, grad, states, step)
             for one, other in zip((weight, grad, *states), ours, strict=True):
                 assert_same_bits(got(place, other), one)
+
+
+class WholeKeys(optimizers.Optimizer):
+    """One of a user's, which wants whole keys for reasons of its own."""
+
+    needs_whole_keys = True
+
+    def _n_states(self) -> int:
+        return 1
+
+    def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Step) -> None:
+        np.add(state[0], grad, out=state[0])
+        np.multiply(state[0], step.lr * step.trust, out=scratch[0])
+        np.subtract(weight, scratch[0], out=weight)
+
+
+def test_whole_keys_without_norms_are_one_kernel(place: GpuPlace) -> None:
+    keys = [(f32([1, 2, 3]) * k, f32([4, 8, 12]) + k, f32([16, 32, 64])) for k in (1, 2)]
+    ours = [[put(place, array) for array in arrays] for arrays in keys]
+    updates = [Update(w, g, [s], Step(0.5, 0.0, 1)) for w, g, s in ours]
+    before = place.launcher.n_launches
+    place.update(WholeKeys(), updates)
+    assert place.launcher.n_launches == before + 1
+    for (weight, grad, state), (w, _, s) in zip(keys, ours, strict=True):
+        np.testing.assert_array_equal(got(place, s), state + grad)
+        np.testing.assert_array_equal(got(place, w), weight - (state + grad) / 2)
+
+
+def test_a_table_that_lacks_what_its_kernel_reads_is_refused(place: GpuPlace) -> None:
+    layered, plain = optimizers.create("lars"), optimizers.create("sgd")
+    step, kind = Step(0.5, 0.0, 1), np.dtype(np.float32)
+    weight, grad = (put(place, f32([1, 2, 3])) for _ in range(2))
+    factor = place.empty_on_gpu(1, np.dtype(np.float64))
+    for optimizer, trust in ((layered, None), (plain, factor)):
+        traced = trace_step(optimizer, kind, step)
+        with pytest.raises(ValueError, match=r"rows of \d words, this table has"):
+            rows_of_whole(traced.program, [Whole(Update(weight, grad, [], step), traced, trust)])
+    parts = Parts(weight, np.array([0]), np.array([3]))
+    traced = trace_step(layered, kind, step)
+    with pytest.raises(ValueError, match="1 of the numbers"):
+        rows_of_parts(traced.program, UpdateEach(parts, [], [grad], step), traced)
 
 
 def test_an_optimizer_that_decides_by_norms_goes_op_by_op_and_changes_nothing_before(
