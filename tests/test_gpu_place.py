@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -140,6 +141,45 @@ def test_whole_keys_without_norms_are_one_kernel(place: GpuPlace) -> None:
     for (weight, grad, state), (w, _, s) in zip(keys, ours, strict=True):
         np.testing.assert_array_equal(got(place, s), state + grad)
         np.testing.assert_array_equal(got(place, w), weight - (state + grad) / 2)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda total: math.sqrt(total),
+        lambda total: float(np.sqrt(total)),
+        lambda total: total * 2 - 8,
+        lambda total: total**0.5,
+        lambda total: 5.0 if total == 9 else 1.0,
+        lambda total: 1.0 if total > 9 else 5.0,
+        lambda total: 5.0 if total else 1.0,
+    ],
+)
+def test_whole_keys_whose_norms_the_users_code_takes_go_op_by_op(
+    place: GpuPlace, factor: Callable[[Any], float]
+) -> None:
+    class Own(optimizers.Optimizer):
+        needs_whole_keys = True
+        factor = 0.0
+
+        def _n_states(self) -> int:
+            return 0
+
+        def update_flat(self, weight: Any, grad: Any, state: Any, step: Step) -> None:
+            total = np.add.reduce(np.multiply(grad, grad))
+            self.factor = factor(total)
+            super().update_flat(weight, grad, state, step)
+
+        def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Step) -> None:
+            np.multiply(grad, self.factor, out=scratch[0])
+            np.subtract(weight, scratch[0], out=weight)
+
+    weight, grad = f32([7, 8, 9]), f32([1, 2, 2])
+    ours = put(place, weight), put(place, grad)
+    with pytest.warns(RuntimeWarning, match="a sum over all elements that is used for more"):
+        place.update(Own(), [Update(*ours, [], Step(0.5, 0.0, 1))])
+    expected = weight - grad * f32(factor(9.0))
+    np.testing.assert_array_equal(got(place, ours[0]), expected)
 
 
 def test_a_table_that_lacks_what_its_kernel_reads_is_refused(place: GpuPlace) -> None:

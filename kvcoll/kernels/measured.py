@@ -130,7 +130,7 @@ class Measured:
         table[:, 2] = sums.address + before * n_sums * kind.itemsize
         table[:, 3] = factors.address + table[:, 0] * factors.itemsize
         table[:, 4:] = [layer.trust.numbers for layer, of_step in layers for _ in of_step]
-        kernel = norms.trusting(trust, kind, (first, second))
+        kernel = norms.trusting(trust, kind, (first.place, second.place))
         self._launcher.launch(kernel, table, reads=[sums], writes=[factors], n=len(keys))
 
     def _sum(

@@ -21,7 +21,7 @@ from ..gpu.kernel import Access, KernelSource, Parameter
 from .fused import declared, number_of, value_of
 from .prelude import PRELUDE, c_type
 from .table import Layout
-from .trace import Program, Sum, same_for_all, without_unused
+from .trace import Program, same_for_all, without_unused
 
 _BLOCK = 128
 #: How many elements at most are a branch, which one lane walks: as many blocks as a piece of the
@@ -208,7 +208,7 @@ def _walked(kind: str, one: str, first: str, end: str, read: str, complete: str)
 
 
 @lru_cache(maxsize=1024)
-def trusting(program: Program, kind: DType, sums: tuple[Sum, Sum]) -> KernelSource:
+def trusting(program: Program, kind: DType, sums: tuple[int, int]) -> KernelSource:
     """Write the kernel that adds the pieces of each key, and makes its factor, a key an index.
 
     Parameters
@@ -217,7 +217,7 @@ def trusting(program: Program, kind: DType, sums: tuple[Sum, Sum]) -> KernelSour
         Of `trace_trust`.
     kind : numpy.dtype
         Of the pieces' sums.
-    sums : (Sum, Sum)
+    sums : (int, int)
         Which of them are the program's two arrays.
     """
     layout, n_sums, c_kind = key_layout_of(program), len(sums), c_type(kind)
@@ -243,13 +243,13 @@ def trusting(program: Program, kind: DType, sums: tuple[Sum, Sum]) -> KernelSour
     return KernelSource(name, _PARAMETERS, body, PRELUDE)
 
 
-def _factor(program: Program, layout: Layout, sums: Sequence[Sum]) -> list[str]:
+def _factor(program: Program, layout: Layout, sums: Sequence[int]) -> list[str]:
     lines = []
     for place in without_unused(program):
         operation = program.operations[place]
         name, dtype, arguments = operation
         if name == "load":
-            value = f"total[{sums[arguments[0]].place}]"
+            value = f"total[{sums[arguments[0]]}]"
         elif name == "number":
             value = number_of(dtype, f"own[{layout.number(arguments[0])}]")
         else:
