@@ -16,7 +16,9 @@ from test_kernels_fused import assert_same_bits, awkward
 
 from kvcoll import optimizer as optimizers
 from kvcoll.arrays import wide
+from kvcoll.errors import DeviceError
 from kvcoll.gpu.array import as_any, as_device
+from kvcoll.gpu.kernel import KernelSource
 from kvcoll.gpu_place import GpuPlace
 from kvcoll.kernels.steps import trace_step
 from kvcoll.kernels.updates import Whole, rows_of_parts, rows_of_whole
@@ -223,6 +225,29 @@ def test_an_optimizer_that_decides_by_norms_goes_op_by_op_and_changes_nothing_be
         place.update(Decides(), [Update(weight, grad, [state], Step(0.1, 0.0, 1))])
     assert got(place, weight).tolist() == [2.5, 3.75]
     assert got(place, state).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["fold", "walk", "trust", "fused"])
+def test_what_does_not_compile_leaves_states_as_they_were(
+    place: GpuPlace, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    compiled = type(place.device).compile
+
+    def fails(own: Any, source: KernelSource) -> Any:
+        if source.name.startswith(f"kvcoll_{kind}"):
+            raise DeviceError("nvrtc: no more memory")
+        return compiled(own, source)
+
+    optimizer = optimizers.create("lamb")
+    states = [f32([5, 6]), f32([7, 8])]
+    own = [put(place, state) for state in states]
+    update = Update(put(place, f32([1, 2])), put(place, f32([3, 4])), own, Step(0.1, 0.0, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(place.device), "compile", fails)
+        with pytest.raises(DeviceError, match="no more memory"):
+            place.update(optimizer, [update])
+    for state, one in zip(states, own, strict=True):
+        np.testing.assert_array_equal(got(place, one), state)
 
 
 def test_steps_that_differ_in_numbers_alone_are_one_launch(place: GpuPlace) -> None:

@@ -41,14 +41,14 @@ _PARAMETERS = (
 
 #: What a row of pieces holds after the addresses of its arrays: addresses of its shape, of room
 #: for its blocks and for its branches, of its sums, and the number of branches before it.
-SHAPE, BLOCKS, BRANCHES, SUMS, FIRST_BRANCH = range(5)
+OF_PIECE = SHAPE, BLOCKS, BRANCHES, SUMS, FIRST_BRANCH = (0, 1, 2, 3, 4)
 #: Of a row of keys: where the sums of its pieces are, and where its factor goes.
-OF_KEY = (0, 1)
+OF_KEY = KEY_SUMS, FACTOR = (0, 1)
 
 
 def layout_of(program: Program) -> Layout:
     """Say what a row of pieces holds; its first word counts blocks, not tiles."""
-    return Layout(len(program.dtypes) + 5, program.n_numbers)
+    return Layout(len(program.dtypes) + len(OF_PIECE), program.n_numbers)
 
 
 def key_layout_of(program: Program) -> Layout:
@@ -224,7 +224,7 @@ def trusting(program: Program, kind: DType, sums: tuple[int, int]) -> KernelSour
     read, ahead = f"next[k * {n_sums} + s]", f"sums[(piece + k) * {n_sums} + s]"
     lines = [
         f"    const long long *own = table + i * {layout.n_words};",
-        f"    const {c_kind} *sums = (const {c_kind} *)own[{layout.address(OF_KEY[0])}];",
+        f"    const {c_kind} *sums = (const {c_kind} *)own[{layout.address(KEY_SUMS)}];",
         "    const long long n_pieces = own[1];",
         f"    double total[{n_sums}] = {{0}};",
         f"    for (long long piece = 0; piece < n_pieces; piece += {_AHEAD}) {{",
@@ -256,4 +256,4 @@ def _factor(program: Program, layout: Layout, sums: Sequence[int]) -> list[str]:
             value = value_of(operation, program)
         lines.append(f"    const {c_type(dtype)} v{place} = {value};")
     ((_, result),) = program.stores
-    return [*lines, f"    *(double *)own[{layout.address(OF_KEY[1])}] = v{result};"]
+    return [*lines, f"    *(double *)own[{layout.address(FACTOR)}] = v{result};"]
