@@ -32,8 +32,19 @@ if TYPE_CHECKING:
 STALL_VARIABLE = "KVCOLL_NCCL_LIMIT_S"
 _STALL_LIMIT_S = 300.0
 
+# Those whose memory MPI gets: at most one, the home of all stores over ranks.
+_given_to_mpi: set[Device] = set()
 _open: weakref.WeakSet[GpuTransport] = weakref.WeakSet()
 _ends: list[Callable[[], None]] = []  # of sums over the GPUs of this process
+
+
+def ready_for_mpi() -> None:
+    """Make the GPU whose memory MPI gets current in this thread, which only we use.
+
+    Whatever thread calls MPI may move on what another one has begun.
+    """
+    for device in list(_given_to_mpi):
+        device.use()
 
 
 def find_gpus() -> Gpus:
@@ -210,6 +221,8 @@ class Joining:
             limit_s=self._limit_s,
             mpi_gets=self._mpi_gets,
         )
+        if made.crossing is not None and made.crossing.direct:
+            _given_to_mpi.add(made.device)
         _open.add(made)
         return made
 

@@ -17,6 +17,7 @@ from kvcoll.gpu.device import Event
 from kvcoll.nccl.crossing import Crossing
 from kvcoll.nccl.gpu_leg import GpuLeg
 from kvcoll.nccl.watch import Watch
+from kvcoll.transport.alarm import Alarm
 from kvcoll.transport.leg import LegSizes
 from kvcoll.transport.waiting import Waiting
 
@@ -117,7 +118,9 @@ class Way:
         losses: Any = NoLosses()
         leg = GpuLeg(comm, self.mpi, self.device, sizes, losses)
         watch = Watch([], 30, "rank 0 of 2")
-        self.crossing = Crossing(leg, self.gpus, self.device, Waiting(looks=1), watch, direct=True)
+        self.alarm = Alarm()
+        waiting = Waiting(looks=1, alarm=self.alarm)
+        self.crossing = Crossing(leg, self.gpus, self.device, waiting, watch, direct=True)
 
     def sum(self, values: Array, dtype: str = "f4") -> Array:
         mine = self.device.empty(values.size, np.float32, self.stream)
@@ -155,6 +158,25 @@ def test_a_sum_in_two_phases_gives_out_what_was_added() -> None:
             expected[low:high] = 10
         np.testing.assert_array_equal(way.sum(values), expected)
     way.gpus.finish()
+
+
+def test_whatever_calls_mpi_while_a_sum_is_under_way_does_so_on_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvcoll.transport.alarm._LOOK_EVERY_S", 0)
+    way, looks = Way(), list[bool]()
+    # As a look for lost ranks, which asks MPI for messages.
+    way.alarm.look_by(lambda: looks.append(way.device.is_current))
+    tested, test_all = list[bool](), way.mpi.test_all
+
+    def test(requests: list[Request]) -> bool:
+        tested.append(way.device.is_current)
+        return test_all(requests)
+
+    monkeypatch.setattr(way.crossing._leg, "_test_all", test)
+    way.sum(np.arange(100, dtype=np.float32))
+    assert {*looks} == {*tested} == {True}
+    assert not way.device.is_current
 
 
 def plant(patched: pytest.MonkeyPatch, name: str, done: Callable[..., bool]) -> None:

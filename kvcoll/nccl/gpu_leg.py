@@ -3,6 +3,7 @@
 Rules of the file: MPI gets an address only once the host has seen, by an event, that the work
 which made the bytes is done, and a kernel reads what MPI has brought only once MPI has said that
 it is complete; until then the memory is exposed, and no work is put on a stream that touches it.
+Whoever calls a leg has made its GPU the current one, for as long as a segment is under way.
 Segments, parts, tags and the order of a sum are those of `DirectLeg`.
 """
 
@@ -104,17 +105,15 @@ class GpuLeg(Leg):
             rows[k] = row.view(given.dtype)
         segment = _Segment(given, to, rows, whole, [], [])
         received = [(k, rows[k]) for k in self._others]
-        with self._losses, self._device.here():
-            self._exchange(
-                segment, received, [(k, given[parts[k]]) for k in self._others], _SCATTER
-            )
+        sent = [(k, given[parts[k]]) for k in self._others]
+        with self._losses:
+            self._exchange(segment, received, sent, _SCATTER)
         self._scattering.append(segment)
 
     def finish_one(self) -> bool:
         """Add what has come, and send on what was added; see `Leg.finish_one`."""
         try:
-            with self._device.here():
-                return self._finish_one()
+            return self._finish_one()
         except self._error as error:
             self.cut()
             raise self._losses.meaning(error) from error
