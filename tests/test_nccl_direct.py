@@ -128,8 +128,9 @@ class Way:
         self.mpi = Mpi(self.gpus)
         comm: Any = self.mpi
         sizes = LegSizes(32, 12, depth, 32 * whole)
-        self.losses: Any = NoLosses()
-        leg = GpuLeg(comm, self.mpi, self.device, sizes, self.losses)
+        self.losses = NoLosses()
+        losses: Any = self.losses
+        leg = GpuLeg(comm, self.mpi, self.device, sizes, losses)
         watch = Watch([], 30, "rank 0 of 2")
         self.alarm = Alarm()
         waiting = Waiting(looks=1, alarm=self.alarm)
