@@ -1,7 +1,8 @@
 """Whether MPI takes memory of a GPU: asked first, then tried, in a process that may die of it.
 
-Rules of the file: nothing here raises for what MPI cannot do, nor ends or holds up this process:
-whatever goes wrong is a reason to stage. CuPy and a GPU are touched in the child only.
+An MPI that says no is not tried, one that has no answer is; what is tried is a message of a rank
+to itself. Rules of the file: nothing here raises for what MPI cannot do, nor ends or holds up this
+process: whatever goes wrong is a reason to stage. CuPy and a GPU are touched in the child only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -29,6 +30,18 @@ _QUERY = "MPIX_Query_cuda_support"  # of Open MPI, MPICH, and what is made of th
 _SIZES = (1 << 10, 4 << 20)  # bytes of a message: sent at once, and announced first
 
 _Complete: TypeAlias = Callable[[list[Any]], object]  # waits for requests
+
+
+class Way(NamedTuple):
+    """How what crosses between hosts comes to MPI, on all ranks alike.
+
+    Attributes
+    ----------
+    direct : bool
+        MPI gets addresses of GPUs' memory.
+    """
+
+    direct: bool
 
 
 def wanted(environ: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, final
 
+from . import mpi_takes
 from .arrays import is_on_cuda
 from .errors import ArgumentError, DeviceError
 from .topology import Topology
@@ -148,7 +149,8 @@ class Joining:
     limit_s : float
         How long a transfer may make no way.
     mpi_gets : str
-        How what crosses between hosts comes to MPI, as `mpi_takes.wanted` says.
+        How what crosses between hosts comes to MPI, as `mpi_takes.wanted` says; how it came
+        when they were first joined counts from then on.
 
     Attributes
     ----------
@@ -178,6 +180,8 @@ class Joining:
 
         self.transport = made = self._made(comm, topology, losses, None)
         self.border = GpuBorder(GpuPlace(find_gpus(), made.device, made.stream, made.watch))
+        # Ranks that are left after a loss have no time to try MPI once more.
+        self._mpi_gets = mpi_takes.DIRECT if made.way.direct else mpi_takes.STAGED
 
     def again(
         self, comm: MPI.Intracomm, topology: Topology, losses: Losses

@@ -81,7 +81,8 @@ def transport_for(
         How long a transfer among GPUs may make no way.
     mpi_gets : str, optional
         How what crosses between hosts comes to MPI: one of the words of `mpi_takes.wanted`. It
-        gets addresses of GPUs where all ranks want it, and where it was seen to take them.
+        gets addresses of GPUs where all ranks want it, and where it was seen to take them unless
+        a rank knows that it does.
     scratch_bytes, small_bytes : int, optional
         As for `Clique` and `GpuTransport`.
 
@@ -122,18 +123,20 @@ def transport_for(
     comms = [nccl_comm] if nccl_comm else []
     watch = Watch(comms, limit_s, who, losses.alarm, survives=losses.survives)
     lanes = min(len(ranks) for ranks in topology.hosts)
-    direct = topology.num_hosts > 1 and _takes(messenger, topology, device, mpi_gets)
+    way = mpi_takes.Way(direct=False)
+    if topology.num_hosts > 1:
+        way = _agree_on_way(messenger, topology, device, mpi_gets)
 
     def make() -> GpuTransport:
         clique = Clique(nccl, [member], here.size, lanes=lanes, scratch_bytes=scratch_bytes)
         crossing = None
         if topology.num_hosts > 1 and topology.local_rank < lanes:
-            leg = _leg(lane, device, lanes, losses, tree=tree, direct=direct)
+            leg = _leg(lane, device, lanes, losses, tree=tree, direct=way.direct)
             how = waiting or Waiting(alarm=losses.alarm)
-            crossing = Crossing(leg, gpus, device, how, watch, direct=direct)
+            crossing = Crossing(leg, gpus, device, how, watch, direct=way.direct)
         order = order_of([range(here.size)], tree=tree)
         return GpuTransport(
-            flat, gpus, member, clique, order, crossing, watch, small_bytes=small_bytes
+            flat, gpus, member, clique, order, crossing, watch, way=way, small_bytes=small_bytes
         )
 
     try:
@@ -155,7 +158,9 @@ def _leg(
     return DirectLeg(lane, library, adder, sizes, losses)
 
 
-def _takes(messenger: Messenger, topology: Topology, device: Device, wanted: str) -> bool:
+def _agree_on_way(
+    messenger: Messenger, topology: Topology, device: Device, wanted: str
+) -> mpi_takes.Way:
     """Say whether MPI gets addresses of GPUs' memory, on all ranks alike; collective.
 
     The first rank of each host tries it for all of them: one more process a GPU is enough.
@@ -163,7 +168,7 @@ def _takes(messenger: Messenger, topology: Topology, device: Device, wanted: str
     why_not = "it shall not" if wanted == mpi_takes.STAGED else ""
     if wanted == mpi_takes.AUTO and topology.local_rank == 0:
         why_not = mpi_takes.why_not(device.index)
-    return not any(_texts_of_all(messenger, why_not))
+    return mpi_takes.Way(not any(_texts_of_all(messenger, why_not)))
 
 
 def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sight]]:
