@@ -39,9 +39,12 @@ class Way(NamedTuple):
     ----------
     direct : bool
         MPI gets addresses of GPUs' memory.
+    contradicted : str
+        Where MPI says that it takes them, and was seen not to: the host, and how.
     """
 
     direct: bool
+    contradicted: str = ""
 
 
 def wanted(environ: Mapping[str, str]) -> str:

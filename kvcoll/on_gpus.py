@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 STALL_VARIABLE = "KVCOLL_NCCL_LIMIT_S"
 _STALL_LIMIT_S = 300.0
 
+_CONTRADICTED = (
+    "MPI says that it takes memory of GPUs, but a trial came to nothing {}. What crosses between "
+    f"hosts is copied through the host: mend MPI, or set {mpi_takes.VARIABLE}="
+    f"{mpi_takes.STAGED} and this is not said any more"
+)
 # Those whose memory MPI gets: at most one, the home of all stores over ranks.
 _given_to_mpi: set[Device] = set()
 _open: weakref.WeakSet[GpuTransport] = weakref.WeakSet()
@@ -157,10 +162,13 @@ class Joining:
     transport : GpuTransport
         Once they were joined.
     border : GpuBorder
+    warning : str
+        What the user should hear of it from this rank, or ``''``.
     """
 
     transport: GpuTransport
     border: GpuBorder
+    warning: str
 
     def __init__(self, *, tree: bool, limit_s: float, mpi_gets: str) -> None:
         self._tree, self._limit_s, self._mpi_gets = tree, limit_s, mpi_gets
@@ -182,6 +190,8 @@ class Joining:
         self.border = GpuBorder(GpuPlace(find_gpus(), made.device, made.stream, made.watch))
         # Ranks that are left after a loss have no time to try MPI once more.
         self._mpi_gets = mpi_takes.DIRECT if made.way.direct else mpi_takes.STAGED
+        told = made.way.contradicted if topology.rank == 0 else ""
+        self.warning = _CONTRADICTED.format(told) if told else ""
 
     def again(
         self, comm: MPI.Intracomm, topology: Topology, losses: Losses

@@ -5,7 +5,9 @@ The bits are those of a store on the hosts' memory, at every size at which the w
 
 from __future__ import annotations
 
+import socket
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,27 @@ def gpus(
         yield own
         check_closed(nccl)
         own.finish()
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_rank_0_warns_where_mpi_says_that_it_takes_gpus_and_does_not(
+    comm: MPI.Intracomm, gpus: AnyGpus, monkeypatch: pytest.MonkeyPatch, says: bool | None
+) -> None:
+    host = HOSTS[comm.size][comm.rank]
+    monkeypatch.delenv(mpi_takes.VARIABLE, raising=False)
+    monkeypatch.setattr(mpi_takes, "says", lambda: says)
+    monkeypatch.setattr(mpi_takes, "why_not", lambda _: "signal 11\n  in x" * host)
+    monkeypatch.setattr(socket, "gethostname", lambda: f"node{host}")
+    own = comm.Dup()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kvcoll.create("dist_device_sync", comm=own).close()
+    texts = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    assert len(texts) == (says is True and comm.rank == 0)
+    if texts:
+        assert "a trial came to nothing on node1: signal 11 in x." in texts[0]
+        assert caught[0].filename == __file__
+    own.Free()
 
 
 @pytest.mark.parametrize("way", [mpi_takes.STAGED, mpi_takes.DIRECT])

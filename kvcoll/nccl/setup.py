@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -165,10 +166,15 @@ def _agree_on_way(
 
     The first rank of each host tries it for all of them: one more process a GPU is enough.
     """
-    why_not = "it shall not" if wanted == mpi_takes.STAGED else ""
+    why_not, contradicted = "it shall not" if wanted == mpi_takes.STAGED else "", ""
     if wanted == mpi_takes.AUTO and topology.local_rank == 0:
         why_not = mpi_takes.why_not(device.index)
-    return mpi_takes.Way(not any(_texts_of_all(messenger, why_not)))
+        if why_not and mpi_takes.says():
+            contradicted = f"on {socket.gethostname()}: {' '.join(why_not.split())}"
+    texts = _texts_of_all(messenger, json.dumps([why_not, contradicted]))
+    found = [json.loads(text) for text in texts]
+    contradictions = [told for _, told in found if told]
+    return mpi_takes.Way(not any(why for why, _ in found), next(iter(contradictions), ""))
 
 
 def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sight]]:
