@@ -306,6 +306,24 @@ def test_mpi_gets_addresses_of_gpus_on_all_ranks_or_on_none(
         own.gpus.finish()
 
 
+def test_more_hosts_than_one_kernel_adds_are_staged(
+    comm: MPI.Intracomm, host_of: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    monkeypatch.setattr(mpi_takes, "why_not", lambda device: pytest.fail("it was tried"))
+    monkeypatch.setattr(setup, "MOST_ROWS", comm.size - 1)
+    for wanted in (mpi_takes.AUTO, mpi_takes.DIRECT):
+        with mailbox(comm) as folder:
+            own = Ranks(comm, folder, one_host=False)
+            made = own.make(mpi_gets=wanted)
+            assert not made.way.direct
+            n, total = 3000, comm.size * (comm.size + 1) / 2
+            assert push(made, own.gpus, n, comm.rank + 1) == total
+            made.close()
+            own.gpus.finish()
+
+
 @pytest.mark.parametrize("why_not", ["", "signal 11"])
 def test_ranks_that_are_left_go_on_in_the_way_of_before_and_try_nothing(
     comm: MPI.Intracomm,

@@ -19,6 +19,7 @@ from ..errors import ArgumentError, CollectiveError, WaitEndedError, name_of, re
 from ..gpu.device import Device, Gpus, Stream
 from ..gpu.nccl import UNIQUE_ID_BYTES, Communicator, Nccl
 from ..gpu.places import Sight, places_of
+from ..kernels.adding import MOST_ROWS
 from ..sums import Adder, order_of
 from ..topology import Topology
 from ..transport import mpi
@@ -82,8 +83,8 @@ def transport_for(
         How long a transfer among GPUs may make no way.
     mpi_gets : str, optional
         How what crosses between hosts comes to MPI: one of the words of `mpi_takes.wanted`. It
-        gets addresses of GPUs where all ranks want it, and where it was seen to take them unless
-        a rank knows that it does.
+        gets addresses of GPUs where all ranks want it, where it was seen to take them unless a
+        rank knows that it does, and on up to `MOST_ROWS` hosts.
     scratch_bytes, small_bytes : int, optional
         As for `Clique` and `GpuTransport`.
 
@@ -166,8 +167,9 @@ def _agree_on_way(
 
     The first rank of each host tries it for all of them: one more process a GPU is enough.
     """
-    why_not, contradicted = "it shall not" if wanted == mpi_takes.STAGED else "", ""
-    if wanted == mpi_takes.AUTO and topology.local_rank == 0:
+    is_staged = wanted == mpi_takes.STAGED or topology.num_hosts > MOST_ROWS
+    why_not, contradicted = "it shall not" if is_staged else "", ""
+    if wanted == mpi_takes.AUTO and not is_staged and topology.local_rank == 0:
         why_not = mpi_takes.why_not(device.index)
         if why_not and mpi_takes.says():
             contradicted = f"on {socket.gethostname()}: {' '.join(why_not.split())}"
