@@ -39,6 +39,8 @@ def ask(
 ) -> tuple[dict[str, Any], str]:
     """Run a module; give the dict that it printed last, as JSON, or why there is none.
 
+    Lines may follow it: a library may have something to say at the end of the process.
+
     Returns
     -------
     answer : dict
@@ -61,10 +63,10 @@ def ask(
     finally:
         _end(child)
     said = raw.decode(errors="replace")
-    lines = said.splitlines()
-    if child.returncode == 0 and lines and lines[-1].startswith("{"):
+    answers = [line for line in said.splitlines() if line.startswith("{")]
+    for line in reversed(answers if child.returncode == 0 else []):
         with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(lines[-1]), ""
+            return json.loads(line), ""
     return {}, how_it_ended(child.returncode, said)
 
 

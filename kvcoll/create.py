@@ -365,12 +365,14 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
         patient = is_async or overlaps  # the core is the caller's while a sum waits
         transport: Transport
         border, joining = None, _joining_hosts(tree=options.reproducible, patient=patient)
+        warning = ""
         if options.is_on_gpus:
             joining_gpus = on_gpus.Joining(
                 tree=options.reproducible, limit_s=stall_s, mpi_gets=mpi_gets
             )
             joining_gpus.join(own, link.topology, link.losses)
             transport, border = joining_gpus.transport, joining_gpus.border
+            warning = joining_gpus.warning
             joining = joining_gpus.again
         else:
             transport, _ = joining(own, link.topology, link.losses)
@@ -401,6 +403,8 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
     is_told = transport.topology.rank == 0 and border is None and not options.reproducible
     if is_told and lacks_shared_memory(transport):
         warnings.warn(NO_SHARED_MEMORY, RuntimeWarning, stacklevel=3)
+    if warning:
+        warnings.warn(warning, RuntimeWarning, stacklevel=3)
     return store
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -321,9 +320,7 @@ class GpuPlace(Place):
         for (_, dtype), (optimizer, work, apart) in groups.items():
             try:
                 trusts: Sequence[DeviceArray | None] = [None] * len(work)
-                if isinstance(optimizer, LayerWise):
-                    work += [update for each in apart for update in _singly(each)]
-                    apart = []
+                if isinstance(optimizer, LayerWise):  # whose keys never lie apart
                     trusts = self._measured.trusts(optimizer, dtype, work)
                 self._update_fused(optimizer, dtype, work, apart, trusts)
             except UntraceableError as error:
@@ -379,7 +376,7 @@ class GpuPlace(Place):
         with self.lending():
             for update in work:
                 weight, grad, *states = (self.lend(array) for array in _arrays_of(update))
-                own.update_flat(weight, grad, states, replace(update.step))
+                own.update_flat(weight, grad, states, update.step)
 
     # What the user's code sees ------------------------------------------------------
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, final
 
+from . import mpi_takes
 from .arrays import is_on_cuda
 from .errors import ArgumentError, DeviceError
 from .topology import Topology
@@ -32,8 +33,24 @@ if TYPE_CHECKING:
 STALL_VARIABLE = "KVCOLL_NCCL_LIMIT_S"
 _STALL_LIMIT_S = 300.0
 
+_CONTRADICTED = (
+    "MPI says that it takes memory of GPUs, but a trial came to nothing {}. What crosses between "
+    f"hosts is copied through the host: mend MPI, or set {mpi_takes.VARIABLE}="
+    f"{mpi_takes.STAGED} and this is not said any more"
+)
+# Those whose memory MPI gets: at most one, the home of all stores over ranks.
+_given_to_mpi: set[Device] = set()
 _open: weakref.WeakSet[GpuTransport] = weakref.WeakSet()
 _ends: list[Callable[[], None]] = []  # of sums over the GPUs of this process
+
+
+def ready_for_mpi() -> None:
+    """Make the GPU whose memory MPI gets current in this thread, which only we use.
+
+    Whatever thread calls MPI may move on what another one has begun.
+    """
+    for device in list(_given_to_mpi):
+        device.use()
 
 
 def find_gpus() -> Gpus:
@@ -137,17 +154,21 @@ class Joining:
     limit_s : float
         How long a transfer may make no way.
     mpi_gets : str
-        How what crosses between hosts comes to MPI, as `mpi_takes.wanted` says.
+        How what crosses between hosts comes to MPI, as `mpi_takes.wanted` says; how it came
+        when they were first joined counts from then on.
 
     Attributes
     ----------
     transport : GpuTransport
         Once they were joined.
     border : GpuBorder
+    warning : str
+        What the user should hear of it from this rank, or ``''``.
     """
 
     transport: GpuTransport
     border: GpuBorder
+    warning: str
 
     def __init__(self, *, tree: bool, limit_s: float, mpi_gets: str) -> None:
         self._tree, self._limit_s, self._mpi_gets = tree, limit_s, mpi_gets
@@ -167,6 +188,10 @@ class Joining:
 
         self.transport = made = self._made(comm, topology, losses, None)
         self.border = GpuBorder(GpuPlace(find_gpus(), made.device, made.stream, made.watch))
+        # Ranks that are left after a loss have no time to try MPI once more.
+        self._mpi_gets = mpi_takes.DIRECT if made.way.direct else mpi_takes.STAGED
+        told = made.way.contradicted if topology.rank == 0 else ""
+        self.warning = _CONTRADICTED.format(told) if told else ""
 
     def again(
         self, comm: MPI.Intracomm, topology: Topology, losses: Losses
@@ -210,6 +235,8 @@ class Joining:
             limit_s=self._limit_s,
             mpi_gets=self._mpi_gets,
         )
+        if made.crossing is not None and made.crossing.direct:
+            _given_to_mpi.add(made.device)
         _open.add(made)
         return made
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
+from . import on_gpus
 from .agreement import AcrossRanks
 from .recovery import Link
 from .watchdog import Watchdog
@@ -90,7 +91,9 @@ def _watch(link: Link, track: Track) -> None:
 
     duplicate = partial(mpi.duplicate, link.comm, _LIMIT_S) if mpi.allows_threads() else None
     with link.losses:
-        patrol.watch(link.comm, link.losses, track, duplicate, mpi.import_mpi())
+        patrol.watch(
+            link.comm, link.losses, track, duplicate, mpi.import_mpi(), on_gpus.ready_for_mpi
+        )
 
 
 def program_ends() -> None:

@@ -561,6 +561,7 @@ class FakeDevice(Device):
         self.users_stream: FakeStream = self.stream()
         self._kernels: dict[KernelSource, Kernel] = {}
         self._is_current = 0
+        self.used_in: set[str] = set()  # names of threads in which it is the current one for good
 
     def stream(self) -> FakeStream:
         self._gpus._n_streams += 1
@@ -589,8 +590,15 @@ class FakeDevice(Device):
         finally:
             self._is_current -= 1
 
+    @property
+    def is_current(self) -> bool:
+        return self._is_current > 0
+
+    def use(self) -> None:
+        self.used_in.add(threading.current_thread().name)
+
     def expose(self, array: DeviceArray, *, to_write: bool) -> Exposed:
-        if not self._is_current or array.device != self.index:
+        if not self.is_current or array.device != self.index:
             self._gpus.break_rule(f"MPI gets {array!r} while its GPU is not the current one")
         return self._gpus.expose(array, to_write=to_write)
 

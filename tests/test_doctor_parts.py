@@ -44,9 +44,12 @@ FAKE_CUDA = """
 from . import nccl
 class Stream:
     def synchronize(self): pass
+import threading
 class Device:
     def __init__(self, number): self.number = number
-    def use(self): assert self.number == 1
+    def use(self):
+        assert self.number == 1
+        with open(THREADS, "a") as file: print(threading.get_native_id(), file=file)
 def get_current_stream(): return Stream()
 def is_available(): return True
 """
@@ -57,7 +60,7 @@ def fake_cupy(folder: Path, where: str) -> None:
     cuda = folder / "cupy" / "cuda"
     cuda.mkdir(parents=True)
     (cuda.parent / "__init__.py").write_text(FAKE_CUPY.replace("WHERE", where))
-    (cuda / "__init__.py").write_text(FAKE_CUDA)
+    (cuda / "__init__.py").write_text(FAKE_CUDA.replace("THREADS", repr(str(folder / "threads"))))
     (cuda / "nccl.py").write_text("available = True\ndef get_version(): return 23203\n")
 
 
@@ -71,6 +74,7 @@ def test_what_cupy_says_of_itself_and_of_nccl_is_read(
     assert found["mpi_takes"] == "not tried"
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(("where", "takes"), [("None", True), ("8", False)])
 def test_whether_mpi_takes_device_memory_is_tried_in_a_process_that_may_die_of_it(
     comm: object,
@@ -83,6 +87,8 @@ def test_whether_mpi_takes_device_memory_is_tried_in_a_process_that_may_die_of_i
     monkeypatch.syspath_prepend(str(tmp_path))
     why = mpi_takes.tried(1)
     assert why == "" if takes else why.startswith(("signal", "exit code"))
+    if takes:  # its GPU is the current one in both threads that call MPI
+        assert len({*(tmp_path / "threads").read_text().split()}) == 2
 
 
 def test_without_a_gpu_nothing_of_it_is_tried() -> None:

@@ -5,6 +5,9 @@ The bits are those of a store on the hosts' memory, at every size at which the w
 
 from __future__ import annotations
 
+import socket
+import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from any_gpus import ARE_REAL, AnyGpus, check_closed, gpus_and_nccl, needs_kernels
+from fake_gpu import FakeGpus
 from fake_nccl import mailbox
 
 import kvcoll
-from kvcoll import mpi_takes, on_gpus
+from kvcoll import Watchdog, mpi_takes, on_gpus
 from kvcoll.nccl import setup
 from kvcoll.nccl.crossing import Crossing
 from kvcoll.topology import Topology
@@ -48,6 +52,48 @@ def gpus(
         yield own
         check_closed(nccl)
         own.finish()
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_rank_0_warns_where_mpi_says_that_it_takes_gpus_and_does_not(
+    comm: MPI.Intracomm, gpus: AnyGpus, monkeypatch: pytest.MonkeyPatch, says: bool | None
+) -> None:
+    host = HOSTS[comm.size][comm.rank]
+    monkeypatch.delenv(mpi_takes.VARIABLE, raising=False)
+    monkeypatch.setattr(mpi_takes, "says", lambda: says)
+    monkeypatch.setattr(mpi_takes, "why_not", lambda _: "signal 11\n  in x" * host)
+    monkeypatch.setattr(socket, "gethostname", lambda: f"node{host}")
+    own = comm.Dup()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kvcoll.create("dist_device_sync", comm=own).close()
+    texts = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    assert len(texts) == (says is True and comm.rank == 0)
+    if texts:
+        assert "a trial came to nothing on node1: signal 11 in x." in texts[0]
+        assert caught[0].filename == __file__
+    own.Free()
+
+
+@pytest.mark.parametrize("way", [mpi_takes.STAGED, mpi_takes.DIRECT])
+@pytest.mark.skipif(ARE_REAL, reason="a real GPU does not tell in which thread it is current")
+def test_the_watchdog_calls_mpi_on_the_gpu_whose_memory_mpi_gets(
+    comm: MPI.Intracomm, gpus: AnyGpus, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    assert isinstance(gpus, FakeGpus)
+    monkeypatch.setenv(mpi_takes.VARIABLE, way)
+    monkeypatch.setattr(on_gpus, "_given_to_mpi", set())
+    own = comm.Dup()
+    with kvcoll.create("dist_device_sync", comm=own, watchdog=Watchdog(floor_s=0.1)) as kv:
+        home = gpus.devices[kv.local_rank]
+        crosses = kv.local_rank < comm.size // 2  # as many as the smaller host has
+        end = time.monotonic() + (20 if way == mpi_takes.DIRECT and crosses else 0.1)
+        while not home.used_in and time.monotonic() < end:
+            time.sleep(0.01)
+        used_in = {"kvcoll-watchdog"} if way == mpi_takes.DIRECT and crosses else set()
+        assert [d.used_in for d in gpus.devices if d is not home] == [set()] * (comm.size - 1)
+        assert home.used_in == used_in
+    own.Free()
 
 
 @pytest.mark.parametrize("way", [mpi_takes.STAGED, mpi_takes.DIRECT])

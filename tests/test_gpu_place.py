@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -15,11 +16,15 @@ from test_kernels_fused import assert_same_bits, awkward
 
 from kvcoll import optimizer as optimizers
 from kvcoll.arrays import wide
+from kvcoll.errors import DeviceError
 from kvcoll.gpu.array import as_any, as_device
+from kvcoll.gpu.kernel import KernelSource
 from kvcoll.gpu_place import GpuPlace
+from kvcoll.kernels.steps import trace_step
+from kvcoll.kernels.updates import Whole, rows_of_parts, rows_of_whole
 from kvcoll.optimizer.layerwise import LayerWise, sum_of_squares
 from kvcoll.optimizer.step import Step
-from kvcoll.place import Update
+from kvcoll.place import Parts, Update, UpdateEach
 
 pytestmark = [pytest.mark.single, needs_kernels]
 
@@ -114,6 +119,86 @@ def test_what_norms_make_of_steps_are_the_bits_of_the_host(
                 assert_same_bits(got(place, other), one)
 
 
+class WholeKeys(optimizers.Optimizer):
+    """One of a user's, which wants whole keys for reasons of its own."""
+
+    needs_whole_keys = True
+
+    def _n_states(self) -> int:
+        return 1
+
+    def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Step) -> None:
+        np.add(state[0], grad, out=state[0])
+        np.multiply(state[0], step.lr * step.trust, out=scratch[0])
+        np.subtract(weight, scratch[0], out=weight)
+
+
+def test_whole_keys_without_norms_are_one_kernel(place: GpuPlace) -> None:
+    keys = [(f32([1, 2, 3]) * k, f32([4, 8, 12]) + k, f32([16, 32, 64])) for k in (1, 2)]
+    ours = [[put(place, array) for array in arrays] for arrays in keys]
+    updates = [Update(w, g, [s], Step(0.5, 0.0, 1)) for w, g, s in ours]
+    before = place.launcher.n_launches
+    place.update(WholeKeys(), updates)
+    assert place.launcher.n_launches == before + 1
+    for (weight, grad, state), (w, _, s) in zip(keys, ours, strict=True):
+        np.testing.assert_array_equal(got(place, s), state + grad)
+        np.testing.assert_array_equal(got(place, w), weight - (state + grad) / 2)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda total: math.sqrt(total),
+        lambda total: float(np.sqrt(total)),
+        lambda total: total * 2 - 8,
+        lambda total: total**0.5,
+        lambda total: 5.0 if total == 9 else 1.0,
+        lambda total: 1.0 if total > 9 else 5.0,
+        lambda total: 5.0 if total else 1.0,
+    ],
+)
+def test_whole_keys_whose_norms_the_users_code_takes_go_op_by_op(
+    place: GpuPlace, factor: Callable[[Any], float]
+) -> None:
+    class Own(optimizers.Optimizer):
+        needs_whole_keys = True
+        factor = 0.0
+
+        def _n_states(self) -> int:
+            return 0
+
+        def update_flat(self, weight: Any, grad: Any, state: Any, step: Step) -> None:
+            total = np.add.reduce(np.multiply(grad, grad))
+            self.factor = factor(total)
+            super().update_flat(weight, grad, state, step)
+
+        def _step(self, weight: Any, grad: Any, state: Any, scratch: Any, step: Step) -> None:
+            np.multiply(grad, self.factor, out=scratch[0])
+            np.subtract(weight, scratch[0], out=weight)
+
+    weight, grad = f32([7, 8, 9]), f32([1, 2, 2])
+    ours = put(place, weight), put(place, grad)
+    with pytest.warns(RuntimeWarning, match="a sum over all elements that is used for more"):
+        place.update(Own(), [Update(*ours, [], Step(0.5, 0.0, 1))])
+    expected = weight - grad * f32(factor(9.0))
+    np.testing.assert_array_equal(got(place, ours[0]), expected)
+
+
+def test_a_table_that_lacks_what_its_kernel_reads_is_refused(place: GpuPlace) -> None:
+    layered, plain = optimizers.create("lars"), optimizers.create("sgd")
+    step, kind = Step(0.5, 0.0, 1), np.dtype(np.float32)
+    weight, grad = (put(place, f32([1, 2, 3])) for _ in range(2))
+    factor = place.empty_on_gpu(1, np.dtype(np.float64))
+    for optimizer, trust in ((layered, None), (plain, factor)):
+        traced = trace_step(optimizer, kind, step)
+        with pytest.raises(ValueError, match=r"rows of \d words, this table has"):
+            rows_of_whole(traced.program, [Whole(Update(weight, grad, [], step), traced, trust)])
+    parts = Parts(weight, np.array([0]), np.array([3]))
+    traced = trace_step(layered, kind, step)
+    with pytest.raises(ValueError, match="1 of the numbers"):
+        rows_of_parts(traced.program, UpdateEach(parts, [], [grad], step), traced)
+
+
 def test_an_optimizer_that_decides_by_norms_goes_op_by_op_and_changes_nothing_before(
     place: GpuPlace,
 ) -> None:
@@ -140,6 +225,29 @@ def test_an_optimizer_that_decides_by_norms_goes_op_by_op_and_changes_nothing_be
         place.update(Decides(), [Update(weight, grad, [state], Step(0.1, 0.0, 1))])
     assert got(place, weight).tolist() == [2.5, 3.75]
     assert got(place, state).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["fold", "walk", "trust", "fused"])
+def test_what_does_not_compile_leaves_states_as_they_were(
+    place: GpuPlace, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    compiled = type(place.device).compile
+
+    def fails(own: Any, source: KernelSource) -> Any:
+        if source.name.startswith(f"kvcoll_{kind}"):
+            raise DeviceError("nvrtc: no more memory")
+        return compiled(own, source)
+
+    optimizer = optimizers.create("lamb")
+    states = [f32([5, 6]), f32([7, 8])]
+    own = [put(place, state) for state in states]
+    update = Update(put(place, f32([1, 2])), put(place, f32([3, 4])), own, Step(0.1, 0.0, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(place.device), "compile", fails)
+        with pytest.raises(DeviceError, match="no more memory"):
+            place.update(optimizer, [update])
+    for state, one in zip(states, own, strict=True):
+        np.testing.assert_array_equal(got(place, one), state)
 
 
 def test_steps_that_differ_in_numbers_alone_are_one_launch(place: GpuPlace) -> None:

@@ -11,7 +11,7 @@ import pytest
 from kvcoll import apart, mpi_takes
 from kvcoll.errors import ArgumentError
 
-pytestmark = pytest.mark.single
+single = pytest.mark.single  # but not what MPI itself is asked: that is for each MPI
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,7 @@ def _found_out_anew() -> Iterator[None]:
     mpi_takes.why_not.cache_clear()
 
 
+@single
 @pytest.mark.parametrize(
     ("said", "way"),
     [
@@ -35,6 +36,7 @@ def test_the_environment_says_how_mpi_gets_what_crosses(said: str | None, way: s
     assert mpi_takes.wanted({} if said is None else {"KVCOLL_GPU_MPI": said}) == way
 
 
+@single
 def test_another_word_is_named() -> None:
     with pytest.raises(ArgumentError, match="KVCOLL_GPU_MPI is auto, staged or direct, got 'yes'"):
         mpi_takes.wanted({"KVCOLL_GPU_MPI": "yes"})
@@ -46,6 +48,7 @@ def test_an_mpi_that_says_no_is_not_tried(comm: Any, monkeypatch: pytest.MonkeyP
     assert "\n" not in mpi_takes.why_not(0)
 
 
+@single
 @pytest.mark.parametrize("word", [True, None])
 def test_what_an_mpi_says_that_it_takes_is_tried_once(
     comm: Any, monkeypatch: pytest.MonkeyPatch, word: bool | None
@@ -62,11 +65,13 @@ def test_what_an_mpi_says_that_it_takes_is_tried_once(
     assert tried == [3]
 
 
+@single
 def test_a_library_without_the_question_has_no_answer(tmp_path: Path) -> None:
     assert mpi_takes._says(str(tmp_path / "libmpi.so")) is None
     assert mpi_takes._says("libc.so.6") is None
 
 
+@single
 @pytest.mark.parametrize(
     ("code", "why"),
     [
@@ -76,6 +81,7 @@ def test_a_library_without_the_question_has_no_answer(tmp_path: Path) -> None:
         ("print('{not JSON')", "exit code 0\n{not JSON"),
         ("print('x'); print('{\"why_not\": \"of 4 bytes\"}')", "of 4 bytes"),
         ("print('x'); print('{\"why_not\": \"\"}')", ""),
+        ("print('{\"why_not\": \"\"}'); print('MPI_Finalize: so long'); print('{')", ""),
     ],
 )
 def test_whatever_a_trial_comes_to_is_a_reason(
@@ -91,6 +97,7 @@ def test_whatever_a_trial_comes_to_is_a_reason(
     assert mpi_takes.tried(0) == why
 
 
+@single
 def test_a_trial_that_cannot_begin_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*_: Any, **__: Any) -> Any:
         raise OSError("no process more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any, NamedTuple, final
@@ -17,6 +18,7 @@ from kvcoll.gpu.device import Event
 from kvcoll.nccl.crossing import Crossing
 from kvcoll.nccl.gpu_leg import GpuLeg
 from kvcoll.nccl.watch import Watch
+from kvcoll.transport.alarm import Alarm
 from kvcoll.transport.leg import LegSizes
 from kvcoll.transport.waiting import Waiting
 
@@ -58,6 +60,8 @@ class Mpi:
         self.Request = SimpleNamespace(Testall=self.test_all)
         self.most_under_way = self._n_under_way = 0
         self.sent: list[Array] = []
+        self.posted: list[Request] = []
+        self.most_posted = sys.maxsize
 
     def Irecv(self, what: tuple[Message, str], source: int, tag: int) -> Request:  # noqa: N802
         return self._started(what[0], receives=True)
@@ -66,9 +70,12 @@ class Mpi:
         return self._started(what[0], receives=False)
 
     def _started(self, message: Message, *, receives: bool) -> Request:
+        if len(self.posted) == self.most_posted:
+            raise self.Exception("no more requests")
         self._n_under_way += 1
         self.most_under_way = max(self.most_under_way, self._n_under_way)
-        return Request(message, receives=receives)
+        self.posted.append(Request(message, receives=receives))
+        return self.posted[-1]
 
     def test_all(self, requests: list[Request]) -> bool:
         for request in requests:
@@ -101,7 +108,14 @@ class NoLosses:
         trace: TracebackType | None,
     ) -> None: ...
 
-    def hold(self, *things: object) -> None: ...
+    def __init__(self) -> None:
+        self.held: list[object] = []
+
+    def meaning(self, error: Exception) -> Exception:
+        return error
+
+    def hold(self, *things: object) -> None:
+        self.held += things
 
 
 class Way:
@@ -114,10 +128,13 @@ class Way:
         self.mpi = Mpi(self.gpus)
         comm: Any = self.mpi
         sizes = LegSizes(32, 12, depth, 32 * whole)
-        losses: Any = NoLosses()
+        self.losses = NoLosses()
+        losses: Any = self.losses
         leg = GpuLeg(comm, self.mpi, self.device, sizes, losses)
         watch = Watch([], 30, "rank 0 of 2")
-        self.crossing = Crossing(leg, self.gpus, self.device, Waiting(looks=1), watch, direct=True)
+        self.alarm = Alarm()
+        waiting = Waiting(looks=1, alarm=self.alarm)
+        self.crossing = Crossing(leg, self.gpus, self.device, waiting, watch, direct=True)
 
     def sum(self, values: Array, dtype: str = "f4") -> Array:
         mine = self.device.empty(values.size, np.float32, self.stream)
@@ -155,6 +172,39 @@ def test_a_sum_in_two_phases_gives_out_what_was_added() -> None:
             expected[low:high] = 10
         np.testing.assert_array_equal(way.sum(values), expected)
     way.gpus.finish()
+
+
+def test_whatever_calls_mpi_while_a_sum_is_under_way_does_so_on_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvcoll.transport.alarm._LOOK_EVERY_S", 0)
+    way, looks = Way(), list[bool]()
+    # As a look for lost ranks, which asks MPI for messages.
+    way.alarm.look_by(lambda: looks.append(way.device.is_current))
+    tested, test_all = list[bool](), way.mpi.test_all
+
+    def test(requests: list[Request]) -> bool:
+        tested.append(way.device.is_current)
+        return test_all(requests)
+
+    monkeypatch.setattr(way.crossing._leg, "_test_all", test)
+    way.sum(np.arange(100, dtype=np.float32))
+    assert {*looks} == {*tested} == {True}
+    assert not way.device.is_current
+
+
+@pytest.mark.parametrize("n_posted", range(1, 8))
+def test_what_mpi_has_begun_is_held_where_it_fails_halfway(n_posted: int) -> None:
+    way = Way(whole=False)  # in each of two phases two messages each way
+    way.mpi.most_posted = n_posted
+    with pytest.raises(KeyError, match="no more requests"):
+        way.sum(np.arange(8, dtype=np.float32))
+    (leg,) = {one for one in way.losses.held if isinstance(one, GpuLeg)}
+    segments = [*leg._scattering, *leg._adding, *leg._gathering]
+    held = {id(request) for segment in segments for request in segment.requests}
+    under_way = {id(request) for request in way.mpi.posted if request.looks_left > 0}
+    assert under_way <= held
+    assert len(way.mpi.posted) == n_posted
 
 
 def plant(patched: pytest.MonkeyPatch, name: str, done: Callable[..., bool]) -> None:

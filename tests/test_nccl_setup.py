@@ -12,7 +12,7 @@ from fake_gpu import FakeGpus
 from fake_nccl import FakeNccl, mailbox
 from host_kernel import needs_compiler
 
-from kvcoll import mpi_takes
+from kvcoll import mpi_takes, on_gpus
 from kvcoll.errors import (
     ArgumentError,
     CollectiveError,
@@ -303,6 +303,61 @@ def test_mpi_gets_addresses_of_gpus_on_all_ranks_or_on_none(
         assert made.crossing is not None
         assert made.crossing.direct is direct
         made.close()
+        own.gpus.finish()
+
+
+def test_more_hosts_than_one_kernel_adds_are_staged(
+    comm: MPI.Intracomm, host_of: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    monkeypatch.setattr(mpi_takes, "why_not", lambda device: pytest.fail("it was tried"))
+    monkeypatch.setattr(setup, "MOST_ROWS", comm.size - 1)
+    for wanted in (mpi_takes.AUTO, mpi_takes.DIRECT):
+        with mailbox(comm) as folder:
+            own = Ranks(comm, folder, one_host=False)
+            made = own.make(mpi_gets=wanted)
+            assert not made.way.direct
+            n, total = 3000, comm.size * (comm.size + 1) / 2
+            assert push(made, own.gpus, n, comm.rank + 1) == total
+            made.close()
+            own.gpus.finish()
+
+
+@pytest.mark.parametrize("why_not", ["", "signal 11"])
+def test_ranks_that_are_left_go_on_in_the_way_of_before_and_try_nothing(
+    comm: MPI.Intracomm,
+    host_of: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    why_not: str,
+) -> None:
+    if len(set(host_of)) > 1:
+        pytest.skip("fake GPUs of several processes find one another on one machine")
+    tries: list[int] = []
+
+    def tried(device: int) -> str:
+        tries.append(device)
+        return why_not
+
+    monkeypatch.setattr(mpi_takes, "why_not", tried)
+    monkeypatch.setattr(mpi_takes, "says", lambda: None)
+    with mailbox(comm) as folder:
+        own = Ranks(comm, folder, one_host=False)
+        monkeypatch.setattr(on_gpus, "find", lambda: (own.gpus, own.nccl))
+        monkeypatch.setattr(on_gpus, "find_gpus", lambda: own.gpus)
+        monkeypatch.setattr(on_gpus, "_given_to_mpi", set())
+        joining = on_gpus.Joining(tree=False, limit_s=20, mpi_gets=mpi_takes.AUTO)
+        comms = [mpi.duplicate(comm, 30) for _ in range(2)]
+        joining.join(comms[0], own.topology, mpi.losses_of(comms[0]))
+        first = joining.transport
+        assert first.way.direct is (why_not == "")
+        _, take_over = joining.again(comms[1], own.topology, mpi.losses_of(comms[1]))
+        take_over()
+        assert joining.transport is not first
+        assert joining.transport.way == first.way
+        assert len(tries) == 1
+        first.close()
+        joining.transport.close()
         own.gpus.finish()
 
 

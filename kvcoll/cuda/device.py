@@ -183,6 +183,10 @@ class CupyDevice(Device):
         """Make it current (cudaSetDevice); the one of before is so again at the end."""
         return self._cupy.cuda.Device(self.index)
 
+    def use(self) -> None:
+        """Make it current (cudaSetDevice, which brings its context into the thread)."""
+        self._runtime.setDevice(self.index)
+
     def _see(self, other: int) -> None:
         """Let copies from another GPU go directly, where the hardware can."""
         if other in self._peers:

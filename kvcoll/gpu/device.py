@@ -149,6 +149,13 @@ class Device(ABC):
         """Make it the current one, for a library that is called with its memory."""
 
     @abstractmethod
+    def use(self) -> None:
+        """Make it the current one for good, in a thread that nobody else uses; twice is no more.
+
+        In a new thread the first GPU counts as the current one, but is not ready for a library.
+        """
+
+    @abstractmethod
     def expose(self, array: DeviceArray, *, to_write: bool) -> Exposed:
         """Hand flat memory to a library of the host; inside of `here`.
 

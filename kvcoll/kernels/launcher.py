@@ -88,7 +88,11 @@ class Launcher:
     def launch_in_turn(
         self, stages: Sequence[Stage], table: Array, more: Sequence[int] = ()
     ) -> None:
-        """Run kernels one after the other, all with one table; see `launch`."""
+        """Run kernels one after the other, all with one table; see `launch`.
+
+        One that does not compile raises before any of them has run.
+        """
+        kernels = [self._device.compile(stage.source) for stage in stages]
         words = table.reshape(-1)
         slot = self._slot(8 * (words.size + len(more)))
         room = slot.host.view(np.int64)
@@ -99,8 +103,7 @@ class Launcher:
         used = slot.device[: 8 * n_words]
         self._device.upload(slot.host[: 8 * n_words], used, self._stream)
         arguments = (used.view(np.int64), np.int64(len(table)))
-        for source, n, reads, writes in stages:
-            kernel = self._device.compile(source)
+        for kernel, (_, n, reads, writes) in zip(kernels, stages, strict=True):
             kernel.launch(n, arguments, self._stream, reads=reads, writes=writes)
         slot.read = self._stream.record()
         self.n_launches += len(stages)

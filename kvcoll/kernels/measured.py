@@ -1,7 +1,7 @@
 """Norms of keys on a GPU, and what they make of steps, for optimizers whose steps depend on them.
 
 Rules of the file: the host waits for nothing and sees no norm; all that may be no kernel is
-traced before anything is put on the stream.
+traced and compiled before anything is put on the stream.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import numpy as np
 from ..arrays import Array, DType, wide
 from ..gpu.array import DeviceArray, as_device
 from ..gpu.device import Device, Gpus, HostArray, Stream
+from ..gpu.kernel import KernelSource
 from ..optimizer.base import PIECE_ELEMENTS
 from ..optimizer.layerwise import LayerWise
 from ..optimizer.step import Step
 from ..place import Update
 from . import norms
+from .fused import kernel_of
 from .launcher import Launcher, Stage
 from .steps import trace_measure, trace_step, trace_trust
 from .trace import Program, Traced
@@ -44,6 +46,23 @@ class _Pieces(NamedTuple):
     n_branches: Array
     arrays: list[DeviceArray]  # at these addresses
     of_key: Array  # by key: how many
+
+
+class _Sources(NamedTuple):
+    """The kernels of steps that have the same programs, in the order in which they run."""
+
+    summing: KernelSource
+    folding: KernelSource
+    walking: KernelSource
+    trusting: KernelSource
+
+
+class _Rooms(NamedTuple):
+    """Memory that is for what kernels hand on, of the dtype of sums."""
+
+    blocks: DeviceArray
+    branches: DeviceArray
+    sums: DeviceArray
 
 
 @final
@@ -91,50 +110,57 @@ class Measured:
         by_step: dict[Step, list[int]] = {}
         for number, update in enumerate(work):
             by_step.setdefault(update.step, []).append(number)
-        for step in by_step:
-            trace_step(optimizer, dtype, step)  # to raise before states are brought forward
         groups: dict[tuple[Program, Program], list[tuple[_Layer, list[int]]]] = {}
         for step, numbers in by_step.items():
+            # To raise before states are brought forward, and not after.
+            self._device.compile(kernel_of(trace_step(optimizer, dtype, step).program))
             if not step.adapts:
                 continue
             layer = _Layer(trace_measure(optimizer, dtype, step), trace_trust(optimizer, step))
             own = layer.measure.program, layer.trust.program
             groups.setdefault(own, []).append((layer, numbers))
+        sources = {programs: _sources(layers[0][0], dtype) for programs, layers in groups.items()}
+        for source in (one for own_sources in sources.values() for one in own_sources):
+            self._device.compile(source)
         result: list[DeviceArray | None] = [None] * len(work)
-        for layers in groups.values():
+        for programs, layers in groups.items():
             numbers = [number for _, of_step in layers for number in of_step]
             factors = self._device.empty(len(numbers), _DOUBLE, self._stream)
-            self._launch(layers, dtype, [work[number] for number in numbers], factors)
+            keys = [work[number] for number in numbers]
+            self._launch(sources[programs], layers, dtype, keys, factors)
             for place, number in enumerate(numbers):
                 result[number] = factors[place : place + 1]
         return result
 
     def _launch(
         self,
+        sources: _Sources,
         layers: Sequence[tuple[_Layer, list[int]]],
         dtype: DType,
         keys: Sequence[Update],
         factors: DeviceArray,
     ) -> None:
         """Put on the stream what brings the factors of keys that have the same programs."""
-        program, n_sums = layers[0][0].measure.program, len(layers[0][0].measure.program.sums)
-        pieces, kind = self._cut(keys), wide(dtype)
+        measure, trust = layers[0][0].measure.program, layers[0][0].trust.program
+        pieces, kind, n_sums = self._cut(keys), wide(dtype), len(measure.sums)
         sums = self._device.empty(pieces.key.size * n_sums, kind, self._stream)
         numbers = [layer.measure.numbers for layer, of_step in layers for _ in of_step]
-        self._sum(program, keys, numbers, pieces, sums)
-        trust, (first, second) = layers[0][0].trust.program, layers[0][0].measure.result
-        table = np.empty((len(keys), norms.key_layout_of(trust).n_words), np.int64)
-        before = np.cumsum(pieces.of_key) - pieces.of_key
-        table[:, 0] = np.arange(len(keys))
-        table[:, 1] = pieces.of_key
-        table[:, 2] = sums.address + before * n_sums * kind.itemsize
-        table[:, 3] = factors.address + table[:, 0] * factors.itemsize
-        table[:, 4:] = [layer.trust.numbers for layer, of_step in layers for _ in of_step]
-        kernel = norms.trusting(trust, kind, (first, second))
-        self._launcher.launch(kernel, table, reads=[sums], writes=[factors], n=len(keys))
+        self._sum(sources, measure, keys, numbers, pieces, sums)
+        layout = norms.key_layout_of(trust)
+        table = np.empty((len(keys), layout.n_words), np.int64)
+        places, before = np.arange(len(keys)), np.cumsum(pieces.of_key) - pieces.of_key
+        table[:, 0], table[:, 1] = places, pieces.of_key
+        at = sums.address + before * n_sums * kind.itemsize
+        table[:, layout.address(norms.KEY_SUMS)] = at
+        at = factors.address + places * factors.itemsize
+        table[:, layout.address(norms.FACTOR)] = at
+        of_keys = [layer.trust.numbers for layer, of_step in layers for _ in of_step]
+        table[:, layout.number(0) :] = of_keys
+        self._launcher.launch(sources.trusting, table, reads=[sums], writes=[factors], n=len(keys))
 
     def _sum(
         self,
+        sources: _Sources,
         program: Program,
         keys: Sequence[Update],
         numbers: Sequence[tuple[int, ...]],
@@ -142,35 +168,18 @@ class Measured:
         sums: DeviceArray,
     ) -> None:
         """Sum over each piece what the program says, as it brings states forward."""
-        kind, n_sums, n_arrays = sums.dtype, len(program.sums), len(program.dtypes)
+        kind, n_sums = sums.dtype, len(program.sums)
         n_blocks, n_branches = int(pieces.n_blocks.sum()), int(pieces.n_branches.sum())
-        first_block = np.cumsum(pieces.n_blocks) - pieces.n_blocks
-        first_branch = np.cumsum(pieces.n_branches) - pieces.n_branches
-        slot = n_sums * norms.SLOT
-        blocks = self._device.empty(n_blocks * slot, kind, self._stream)
+        blocks = self._device.empty(n_blocks * n_sums * norms.SLOT, kind, self._stream)
         branches = self._device.empty(n_branches * n_sums, kind, self._stream)
-        bases = np.array([[a.address for a in _arrays_of(key)] for key in keys], np.int64)
-        itemsizes = np.array([d.itemsize for d in program.dtypes], np.int64)
-        table = np.empty((pieces.key.size, norms.layout_of(program).n_words), np.int64)
-        table[:, 0], table[:, 1] = first_block, pieces.sizes
-        own = table[:, 2:]
-        own[:, :n_arrays] = bases[pieces.key] + pieces.start[:, None] * itemsizes
-        own[:, n_arrays + norms.SHAPE] = pieces.shapes
-        own[:, n_arrays + norms.BLOCKS] = blocks.address + first_block * slot * kind.itemsize
-        at = branches.address + first_branch * n_sums * kind.itemsize
-        own[:, n_arrays + norms.BRANCHES] = at
-        places = np.arange(pieces.key.size)
-        own[:, n_arrays + norms.SUMS] = sums.address + places * n_sums * kind.itemsize
-        own[:, n_arrays + norms.FIRST_BRANCH] = first_branch
-        own[:, n_arrays + 5 :] = np.array(numbers, np.int64)[pieces.key]
+        table = _table_of_pieces(program, keys, numbers, pieces, _Rooms(blocks, branches, sums))
         arrays = [array for key in keys for array in _arrays_of(key)]
         states = [as_device(state) for key in keys for state in key.states]
-        lanes = norms.n_lanes(n_blocks)
-        shapes = pieces.arrays
+        lanes, shapes = norms.n_lanes(n_blocks), pieces.arrays
         stages = [
-            Stage(norms.summing(program), lanes, [*arrays, *shapes], [*states, blocks]),
-            Stage(norms.folding(program), n_branches, [blocks, *shapes], [branches]),
-            Stage(norms.walking(program), pieces.key.size, [branches, *shapes], [sums]),
+            Stage(sources.summing, lanes, [*arrays, *shapes], [*states, blocks]),
+            Stage(sources.folding, n_branches, [blocks, *shapes], [branches]),
+            Stage(sources.walking, pieces.key.size, [branches, *shapes], [sums]),
         ]
         self._launcher.launch_in_turn(stages, table)
 
@@ -199,6 +208,48 @@ class Measured:
             self._device.upload(host, array, self._stream)
             self._shapes[n] = host, array
         return self._shapes[n]
+
+
+def _sources(layer: _Layer, dtype: DType) -> _Sources:
+    program, (first, second) = layer.measure.program, layer.measure.result
+    return _Sources(
+        norms.summing(program),
+        norms.folding(program),
+        norms.walking(program),
+        norms.trusting(layer.trust.program, wide(dtype), (first.place, second.place)),
+    )
+
+
+def _table_of_pieces(
+    program: Program,
+    keys: Sequence[Update],
+    numbers: Sequence[tuple[int, ...]],
+    pieces: _Pieces,
+    rooms: _Rooms,
+) -> Array:
+    """Write a row a piece: where its arrays are, and where its sums go on their way."""
+    layout, n_arrays, n_sums = norms.layout_of(program), len(program.dtypes), len(program.sums)
+    sum_bytes = n_sums * rooms.sums.itemsize
+    first_block = np.cumsum(pieces.n_blocks) - pieces.n_blocks
+    first_branch = np.cumsum(pieces.n_branches) - pieces.n_branches
+    places = np.arange(pieces.key.size)
+    columns = {
+        norms.SHAPE: pieces.shapes,
+        norms.BLOCKS: rooms.blocks.address + first_block * sum_bytes * norms.SLOT,
+        norms.BRANCHES: rooms.branches.address + first_branch * sum_bytes,
+        norms.SUMS: rooms.sums.address + places * sum_bytes,
+        norms.FIRST_BRANCH: first_branch,
+    }
+    bases = np.array([[a.address for a in _arrays_of(key)] for key in keys], np.int64)
+    itemsizes = np.array([d.itemsize for d in program.dtypes], np.int64)
+    table = np.empty((pieces.key.size, layout.n_words), np.int64)
+    table[:, 0], table[:, 1] = first_block, pieces.sizes
+    own = bases[pieces.key] + pieces.start[:, None] * itemsizes
+    table[:, layout.address(0) : layout.address(n_arrays)] = own
+    for which, column in columns.items():
+        table[:, layout.address(n_arrays + which)] = column
+    table[:, layout.number(0) :] = np.array(numbers, np.int64)[pieces.key]
+    return table
 
 
 def _arrays_of(update: Update) -> list[DeviceArray]:

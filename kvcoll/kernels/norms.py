@@ -21,7 +21,7 @@ from ..gpu.kernel import Access, KernelSource, Parameter
 from .fused import declared, number_of, value_of
 from .prelude import PRELUDE, c_type
 from .table import Layout
-from .trace import Program, Sum, same_for_all, without_unused
+from .trace import Program, same_for_all, without_unused
 
 _BLOCK = 128
 #: How many elements at most are a branch, which one lane walks: as many blocks as a piece of the
@@ -41,14 +41,14 @@ _PARAMETERS = (
 
 #: What a row of pieces holds after the addresses of its arrays: addresses of its shape, of room
 #: for its blocks and for its branches, of its sums, and the number of branches before it.
-SHAPE, BLOCKS, BRANCHES, SUMS, FIRST_BRANCH = range(5)
+OF_PIECE = SHAPE, BLOCKS, BRANCHES, SUMS, FIRST_BRANCH = (0, 1, 2, 3, 4)
 #: Of a row of keys: where the sums of its pieces are, and where its factor goes.
-OF_KEY = (0, 1)
+OF_KEY = KEY_SUMS, FACTOR = (0, 1)
 
 
 def layout_of(program: Program) -> Layout:
     """Say what a row of pieces holds; its first word counts blocks, not tiles."""
-    return Layout(len(program.dtypes) + 5, program.n_numbers)
+    return Layout(len(program.dtypes) + len(OF_PIECE), program.n_numbers)
 
 
 def key_layout_of(program: Program) -> Layout:
@@ -208,7 +208,7 @@ def _walked(kind: str, one: str, first: str, end: str, read: str, complete: str)
 
 
 @lru_cache(maxsize=1024)
-def trusting(program: Program, kind: DType, sums: tuple[Sum, Sum]) -> KernelSource:
+def trusting(program: Program, kind: DType, sums: tuple[int, int]) -> KernelSource:
     """Write the kernel that adds the pieces of each key, and makes its factor, a key an index.
 
     Parameters
@@ -217,14 +217,14 @@ def trusting(program: Program, kind: DType, sums: tuple[Sum, Sum]) -> KernelSour
         Of `trace_trust`.
     kind : numpy.dtype
         Of the pieces' sums.
-    sums : (Sum, Sum)
+    sums : (int, int)
         Which of them are the program's two arrays.
     """
     layout, n_sums, c_kind = key_layout_of(program), len(sums), c_type(kind)
     read, ahead = f"next[k * {n_sums} + s]", f"sums[(piece + k) * {n_sums} + s]"
     lines = [
         f"    const long long *own = table + i * {layout.n_words};",
-        f"    const {c_kind} *sums = (const {c_kind} *)own[{layout.address(OF_KEY[0])}];",
+        f"    const {c_kind} *sums = (const {c_kind} *)own[{layout.address(KEY_SUMS)}];",
         "    const long long n_pieces = own[1];",
         f"    double total[{n_sums}] = {{0}};",
         f"    for (long long piece = 0; piece < n_pieces; piece += {_AHEAD}) {{",
@@ -243,17 +243,17 @@ def trusting(program: Program, kind: DType, sums: tuple[Sum, Sum]) -> KernelSour
     return KernelSource(name, _PARAMETERS, body, PRELUDE)
 
 
-def _factor(program: Program, layout: Layout, sums: Sequence[Sum]) -> list[str]:
+def _factor(program: Program, layout: Layout, sums: Sequence[int]) -> list[str]:
     lines = []
     for place in without_unused(program):
         operation = program.operations[place]
         name, dtype, arguments = operation
         if name == "load":
-            value = f"total[{sums[arguments[0]].place}]"
+            value = f"total[{sums[arguments[0]]}]"
         elif name == "number":
             value = number_of(dtype, f"own[{layout.number(arguments[0])}]")
         else:
             value = value_of(operation, program)
         lines.append(f"    const {c_type(dtype)} v{place} = {value};")
     ((_, result),) = program.stores
-    return [*lines, f"    *(double *)own[{layout.address(OF_KEY[1])}] = v{result};"]
+    return [*lines, f"    *(double *)own[{layout.address(FACTOR)}] = v{result};"]

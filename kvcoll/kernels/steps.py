@@ -25,7 +25,8 @@ def trace_step(optimizer: Optimizer, dtype: DType, step: Step) -> Traced:
     dtype : numpy.dtype
         Of the value and the gradient.
     step : Step
-        Where its key's norms set it, the factor that they make of it is the program's scalar.
+        Where its key's norms set it, as they do for a `LayerWise` alone, the factor that they
+        make of it is the program's scalar.
 
     Returns
     -------
@@ -37,7 +38,7 @@ def trace_step(optimizer: Optimizer, dtype: DType, step: Step) -> Traced:
     UntraceableError
         A class of the user's does what cannot be written down.
     """
-    follows = optimizer.needs_whole_keys and step.adapts
+    follows = isinstance(optimizer, LayerWise) and step.adapts
 
     def update(arrays: list[Any]) -> None:
         own_step = step

@@ -46,6 +46,7 @@ _EXACT: dict[np.ufunc, tuple[str, bool]] = {
     np.not_equal: ("not_equal", True),
 }
 _ARITHMETIC = (np.dtype(np.float32), _DOUBLE)
+_USED = "a sum over all elements that is used for more"
 _GIVEN = ("load", "number", "scalar")  # their arguments are no places
 
 
@@ -72,10 +73,32 @@ class Operation(NamedTuple):
     arguments: tuple[int, ...]
 
 
-class Sum(NamedTuple):
-    """A sum over all elements of what an operation gives."""
+@final
+class Sum(NDArrayOperatorsMixin):
+    """A sum over all elements of what an operation gives; it can be returned, and no more.
 
-    place: int
+    Attributes
+    ----------
+    place : int
+        Among the sums of the program.
+    """
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __array_ufunc__(self, *_: Any, **__: Any) -> Any:
+        """Refuse: other kernels work with it."""
+        raise UntraceableError(_USED)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        """Refuse."""
+        raise UntraceableError(_USED)
+
+    def __bool__(self) -> bool:
+        raise UntraceableError(_USED)
+
+    def __float__(self) -> float:
+        raise UntraceableError(_USED)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ MPI's memory is pinned memory of the host, or where this MPI takes it (`mpi_take
 GPU which is taken for that alone: so MPI registers the same few megabytes once, and a copy within
 the GPU is next to nothing. Rules of the file: copies down, MPI and copies up each have their own
 pieces under way, so that all three are busy at once; a piece's place is used again only once its
-last copy is done. The host thread looks at all of them in turn and waits in none.
+last copy is done. The host thread looks at all of them in turn and waits in none; the GPU is its
+current one meanwhile, whatever the caller's is.
 
 MPI and NCCL are never both blocked on each other. MPI's part begins only when the host has
 seen, by an event, that the segment was added; NCCL's calls that this needs have been put on
@@ -93,7 +94,8 @@ class Crossing:
         step = self._leg.sizes.segment_bytes // mine.itemsize
         pieces = [(k, min(k + step, mine.size)) for k in range(0, mine.size, step)]
         try:
-            self._carry(mine, out, pieces)
+            with self._device.here():  # not for copies alone: each call of MPI may move messages on
+                self._carry(mine, out, pieces)
         except BaseException:
             _cut.append(self)
             self._leg.cut()

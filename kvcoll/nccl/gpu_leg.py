@@ -3,6 +3,7 @@
 Rules of the file: MPI gets an address only once the host has seen, by an event, that the work
 which made the bytes is done, and a kernel reads what MPI has brought only once MPI has said that
 it is complete; until then the memory is exposed, and no work is put on a stream that touches it.
+Whoever calls a leg has made its GPU the current one, for as long as a segment is under way.
 Segments, parts, tags and the order of a sum are those of `DirectLeg`.
 """
 
@@ -104,17 +105,15 @@ class GpuLeg(Leg):
             rows[k] = row.view(given.dtype)
         segment = _Segment(given, to, rows, whole, [], [])
         received = [(k, rows[k]) for k in self._others]
-        with self._losses, self._device.here():
-            self._exchange(
-                segment, received, [(k, given[parts[k]]) for k in self._others], _SCATTER
-            )
-        self._scattering.append(segment)
+        sent = [(k, given[parts[k]]) for k in self._others]
+        self._scattering.append(segment)  # before: what fails halfway has begun to receive
+        with self._losses:
+            self._exchange(segment, received, sent, _SCATTER)
 
     def finish_one(self) -> bool:
         """Add what has come, and send on what was added; see `Leg.finish_one`."""
         try:
-            with self._device.here():
-                return self._finish_one()
+            return self._finish_one()
         except self._error as error:
             self.cut()
             raise self._losses.meaning(error) from error
@@ -125,9 +124,11 @@ class GpuLeg(Leg):
 
     def _finish_one(self) -> bool:
         while self._scattering and self._is_through(self._scattering[0]):
-            self._adding.append(self._add(self._scattering.popleft()))
+            self._add(self._scattering[0])
+            self._adding.append(self._scattering.popleft())
         while self._adding and _is_added(self._adding[0]):
-            self._gathering.append(self._give_out(self._adding.popleft()))
+            self._give_out(self._adding[0])
+            self._gathering.append(self._adding.popleft())
         if self._gathering and self._is_through(self._gathering[0]):
             self._gathering.popleft()
             self._free.append(self._used.popleft())
@@ -143,15 +144,14 @@ class GpuLeg(Leg):
         segment.exposed = []
         return True
 
-    def _add(self, segment: _Segment) -> _Segment:
+    def _add(self, segment: _Segment) -> None:
         """Put on the stream what adds the own part."""
         out = self._own(segment)
         kernel = self._device.compile(added_rows(self._order, segment.mine.dtype, out.dtype))
         kernel.launch(out.size, (*segment.rows, out), self._stream)
         segment.added = self._stream.record()
-        return segment
 
-    def _give_out(self, segment: _Segment) -> _Segment:
+    def _give_out(self, segment: _Segment) -> None:
         """Begin to give out the own part, which the host has seen to be there."""
         segment.requests = []
         if not segment.is_whole:
@@ -159,13 +159,13 @@ class GpuLeg(Leg):
             parts = parts_of(out.size, self._size)
             received = [(k, out[parts[k]]) for k in self._others]
             self._exchange(segment, received, [(k, own) for k in self._others], _GATHER)
-        return segment
 
     def _own(self, segment: _Segment) -> DeviceArray:
         out = segment.out
         return out if segment.is_whole else out[parts_of(out.size, self._size)[self._rank]]
 
     def _exchange(self, segment: _Segment, received: Parts, sent: Parts, tag: int) -> None:
+        """Begin to receive and to send; the segment has each request as soon as it is there."""
         ways = ((self._comm.Irecv, received, True), (self._comm.Isend, sent, False))
         for start_one, parts, to_write in ways:
             for rank, part in parts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ..errors import ArgumentError, CollectiveError, WaitEndedError, name_of, re
 from ..gpu.device import Device, Gpus, Stream
 from ..gpu.nccl import UNIQUE_ID_BYTES, Communicator, Nccl
 from ..gpu.places import Sight, places_of
+from ..kernels.adding import MOST_ROWS
 from ..sums import Adder, order_of
 from ..topology import Topology
 from ..transport import mpi
@@ -81,7 +83,8 @@ def transport_for(
         How long a transfer among GPUs may make no way.
     mpi_gets : str, optional
         How what crosses between hosts comes to MPI: one of the words of `mpi_takes.wanted`. It
-        gets addresses of GPUs where all ranks want it, and where it was seen to take them.
+        gets addresses of GPUs where all ranks want it, where it was seen to take them unless a
+        rank knows that it does, and on up to `MOST_ROWS` hosts.
     scratch_bytes, small_bytes : int, optional
         As for `Clique` and `GpuTransport`.
 
@@ -122,18 +125,20 @@ def transport_for(
     comms = [nccl_comm] if nccl_comm else []
     watch = Watch(comms, limit_s, who, losses.alarm, survives=losses.survives)
     lanes = min(len(ranks) for ranks in topology.hosts)
-    direct = topology.num_hosts > 1 and _takes(messenger, topology, device, mpi_gets)
+    way = mpi_takes.Way(direct=False)
+    if topology.num_hosts > 1:
+        way = _agree_on_way(messenger, topology, device, mpi_gets)
 
     def make() -> GpuTransport:
         clique = Clique(nccl, [member], here.size, lanes=lanes, scratch_bytes=scratch_bytes)
         crossing = None
         if topology.num_hosts > 1 and topology.local_rank < lanes:
-            leg = _leg(lane, device, lanes, losses, tree=tree, direct=direct)
+            leg = _leg(lane, device, lanes, losses, tree=tree, direct=way.direct)
             how = waiting or Waiting(alarm=losses.alarm)
-            crossing = Crossing(leg, gpus, device, how, watch, direct=direct)
+            crossing = Crossing(leg, gpus, device, how, watch, direct=way.direct)
         order = order_of([range(here.size)], tree=tree)
         return GpuTransport(
-            flat, gpus, member, clique, order, crossing, watch, small_bytes=small_bytes
+            flat, gpus, member, clique, order, crossing, watch, way=way, small_bytes=small_bytes
         )
 
     try:
@@ -155,15 +160,23 @@ def _leg(
     return DirectLeg(lane, library, adder, sizes, losses)
 
 
-def _takes(messenger: Messenger, topology: Topology, device: Device, wanted: str) -> bool:
+def _agree_on_way(
+    messenger: Messenger, topology: Topology, device: Device, wanted: str
+) -> mpi_takes.Way:
     """Say whether MPI gets addresses of GPUs' memory, on all ranks alike; collective.
 
     The first rank of each host tries it for all of them: one more process a GPU is enough.
     """
-    why_not = "it shall not" if wanted == mpi_takes.STAGED else ""
-    if wanted == mpi_takes.AUTO and topology.local_rank == 0:
+    is_staged = wanted == mpi_takes.STAGED or topology.num_hosts > MOST_ROWS
+    why_not, contradicted = "it shall not" if is_staged else "", ""
+    if wanted == mpi_takes.AUTO and not is_staged and topology.local_rank == 0:
         why_not = mpi_takes.why_not(device.index)
-    return not any(_texts_of_all(messenger, why_not))
+        if why_not and mpi_takes.says():
+            contradicted = f"on {socket.gethostname()}: {' '.join(why_not.split())}"
+    texts = _texts_of_all(messenger, json.dumps([why_not, contradicted]))
+    found = [json.loads(text) for text in texts]
+    contradictions = [told for _, told in found if told]
+    return mpi_takes.Way(not any(why for why, _ in found), next(iter(contradictions), ""))
 
 
 def _look(messenger: Messenger, find: Find) -> tuple[tuple[Gpus, Nccl], list[Sight]]:

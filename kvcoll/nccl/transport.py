@@ -18,6 +18,7 @@ from ..arrays import Array, DType, describe, wide
 from ..errors import DeviceError
 from ..gpu.array import DeviceArray, as_any, as_device
 from ..gpu.device import Device, Event, Gpus, Stream
+from ..mpi_takes import Way
 from ..sums import Order
 from ..transport.contract import Exchange, Sink, Transport, Window
 from .crossing import Crossing
@@ -57,6 +58,8 @@ class GpuTransport(Transport):
     crossing : Crossing or None
         None where there is one host, or on a rank that carries no segment.
     watch : Watch
+    way : Way
+        How what crosses between hosts comes to MPI.
     small_bytes : int, optional
 
     Attributes
@@ -67,6 +70,7 @@ class GpuTransport(Transport):
     beside : Transport
     crossing : Crossing or None
     watch : Watch
+    way : Way
     """
 
     def __init__(
@@ -79,13 +83,14 @@ class GpuTransport(Transport):
         crossing: Crossing | None,
         watch: Watch,
         *,
+        way: Way,
         small_bytes: int = SMALL_BYTES,
     ) -> None:
         self.topology = beside.topology
         self.device: Device = member.device
         self.stream: Stream = member.stream
         self.beside, self._member, self._clique = beside, member, clique
-        self._order, self.crossing, self.watch = order, crossing, watch
+        self._order, self.crossing, self.watch, self.way = order, crossing, watch, way
         self._is_one_host = self.topology.num_hosts == 1
         self._small_bytes = small_bytes
         # Of the longest round: the part that this rank adds, before other hosts' are added, and

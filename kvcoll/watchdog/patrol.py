@@ -116,6 +116,7 @@ _thread: threading.Thread | None = None
 _stop = threading.Event()
 _look_s = 1.0
 _held: HeldStack | None = None
+_ready: Callable[[], None] | None = None
 
 
 def watch(
@@ -124,6 +125,7 @@ def watch(
     track: Track,
     duplicate: Callable[[], MPI.Intracomm] | None,
     mpi: Any,
+    ready: Callable[[], None],
 ) -> None:
     """Watch a link's calls from now on; collective.
 
@@ -136,6 +138,8 @@ def watch(
         Duplicates `comm`; None where MPI was not started for several threads.
     mpi : module
         ``mpi4py.MPI``.
+    ready : callable
+        Is called in the thread before it calls MPI.
 
     Notes
     -----
@@ -143,7 +147,7 @@ def watch(
     watchdog, which is never given back: what is under way in it when a store is closed
     might come out in another communicator.
     """
-    global _look_s, _held
+    global _look_s, _held, _ready
     if track.settings.held_stacks and _held is None:
         with suppress(OSError):  # memfd_create is not allowed: then without such stacks
             _held = HeldStack()
@@ -157,6 +161,7 @@ def watch(
         _watches.append(own)
     own.add(track, losses)
     _tracks[track.ranks] = track
+    _ready = ready
     _look_s = min(_look_s, track.settings.look_s)
     start(mpi)
 
@@ -207,6 +212,8 @@ def _run() -> None:
     try:
         while not _stop.wait(_look_s):
             now_s = time.monotonic()
+            if _ready is not None:
+                _ready()
             for one in list(_watches):
                 one.station.look(min(now_s - before_s, _MOST_S))
             before_s = now_s
