@@ -46,7 +46,7 @@ _LEFT = 3
 _JOINED = 4
 _FIRST = 16  # or-ed into every other digest, so that none is one of the words above
 _CLOSE = 0x5AFE5C105ED00000
-_LOOKS, _FILE_NAP_S = 100, 2e-3
+_FIRST_NAP_S, _LONGER, _LONGEST_NAP_S = 1e-5, 1.3, 2e-3
 _STORE_STEP = 0x9E3779B97F4A7C15 & ~31  # leaves the words above what they are
 _MASK = 2**64 - 1
 _SOME_JOINED = 1 << 63  # a flag
@@ -504,17 +504,15 @@ class AcrossRanks(Agreement):
         cores, kept Linux 6.18 from syncing the file for which they waited, for a minute.
         """
         pending = self._messenger.start_exchange(sent, received, dest, source)
-        for _ in range(_LOOKS):
-            if pending.done():
-                return
-            time.sleep(0)
+        nap_s = _FIRST_NAP_S
         while not pending.done():
             try:
-                time.sleep(_FILE_NAP_S)
+                time.sleep(nap_s)
             except BaseException:  # of a signal's handler: the others count on this round
                 while not pending.done():
-                    time.sleep(_FILE_NAP_S)
+                    time.sleep(nap_s)
                 raise
+            nap_s = min(_LONGER * nap_s, _LONGEST_NAP_S)
 
     def _verdict(self, mine: Report) -> Exception:
         return self._judged(self._reports(mine))

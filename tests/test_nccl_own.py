@@ -57,7 +57,9 @@ class Store:
 
 
 @pytest.mark.parametrize("places", PLACES, ids=str)
-@pytest.mark.parametrize("dtype", ["f4", "f2", "i8", "?", "c8"])
+@pytest.mark.parametrize(
+    "dtype", ["f4", "f2", *(pytest.param(d, marks=pytest.mark.long) for d in ("i8", "?", "c8"))]
+)
 def test_values_are_added_left_to_right_wherever_they_lie(
     places: Sequence[int], dtype: str
 ) -> None:

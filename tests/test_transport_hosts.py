@@ -94,6 +94,7 @@ class TestUnequalHosts(OverHosts):
     hosts = {4: (0, 1, 0, 0)}  # noqa: RUF012
 
 
+@pytest.mark.long
 @pytest.mark.ranks(exactly=4)
 class TestThreeHosts(OverHosts):
     """1 + 2 + 1 ranks: sums between hosts take two phases."""
@@ -102,6 +103,7 @@ class TestThreeHosts(OverHosts):
     edges_bytes = (2 << 10, 16 << 10, 40 << 10)
 
 
+@pytest.mark.long
 @pytest.mark.ranks(exactly=4)
 class TestHostsInAnotherOrderOnEachLane(OverHosts):
     """Of the second ranks of the hosts, the first is on the second host."""
