@@ -102,7 +102,7 @@ say("well", rank)
 
 PLACES = {
     # How the stores are made, and what is done over and over when rank 1 is killed.
-    "agreement": ("stores()", "kv.push('v', np.ones(5, np.float32))"),
+    "agreement": ("stores(elastic=True)", "kv.push('v', np.ones(5, np.float32))"),
     "sum": ("stores(elastic=True)", "kv.push(['w', 'v'], gradients(kv))"),
     "sum with an optimizer": (
         "stores(optimizer='adam', elastic=True)",
