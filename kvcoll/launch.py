@@ -237,10 +237,14 @@ class _Waiting:
     def add(
         self, keys: Iterable[Key], priority: int, run: partial[None], drop: Callable[[], None]
     ) -> None:
-        """Queue a job."""
+        """Queue a job; drop it where none are taken any more, as since a rank was lost."""
         job = Job(self._n_jobs, priority, run, drop)
         self._n_jobs += 1
-        self._backlog.add(job)
+        try:
+            self._backlog.add(job)
+        except BaseException:
+            drop()
+            raise
         for key in keys:
             self._jobs.setdefault(key, deque()).append(job)
 

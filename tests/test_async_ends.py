@@ -13,7 +13,9 @@ from mpi_job import Job
 
 import kvcoll
 from kvcoll import KVStore
-from kvcoll.errors import KeyNotFoundError, ThreadError, UpdaterError
+from kvcoll.backlog import Backlog
+from kvcoll.backlog import Job as Queued
+from kvcoll.errors import KeyNotFoundError, RankLostError, ThreadError, UpdaterError
 
 HEAD = """
 import sys
@@ -163,3 +165,27 @@ def test_the_job_ends_by_itself_and_says_why(mpirun: Callable[..., Job], body: s
     assert not job.timed_out
     assert job.returncode != 0
     assert "no more data" in job.stderr
+
+
+@pytest.mark.single
+@pytest.mark.parametrize(
+    "options", [{"name": "dist_async"}, {"name": "dist_sync", "overlap": "always"}], ids=str
+)
+def test_a_push_that_finds_its_backlog_ended_by_a_loss_is_not_counted(
+    comm: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def end(backlog: Backlog, job: Queued) -> None:
+        raise RankLostError("rank 3 of 4 was lost", [3])
+
+    with kvcoll.create(**options) as kv:
+        kv.init([1, 2], [np.zeros(3, np.float32), np.zeros(3, np.float64)])
+        kv.set_optimizer("adam")
+        kv.push([1, 2], [np.ones(3, np.float32), np.ones(3)])
+        kv.wait()
+        counts = dict(kv._updater.counts())
+        with monkeypatch.context() as patched:
+            patched.setattr(Backlog, "add", end)
+            with pytest.raises(RankLostError):
+                kv.push([1, 2], [np.ones(3, np.float32), np.ones(3)])
+        assert counts == {1: 1, 2: 1}
+        assert kv._updater.counts() == counts
