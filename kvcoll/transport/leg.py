@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
@@ -257,29 +257,24 @@ def post(
     when one fails keeps its memory.
     """
     requests: list[MPI.Request] = []
+    ways: list[tuple[Any, Iterable[tuple[int, Array]]]]
+    ways = [(comm.Irecv, received), (comm.Isend, sent)]
     try:
-        _post(comm, byte, received, sent, tag, message_bytes, requests)
+        for start_one, arrays in ways:
+            for rank, message in _messages(arrays, message_bytes):
+                requests.append(start_one([message, byte], rank, tag))
     except BaseException:
         losses.hold(requests)
         raise
     return requests
 
 
-def _post(
-    comm: MPI.Intracomm,
-    byte: MPI.Datatype,
-    received: Iterable[tuple[int, Array]],
-    sent: Iterable[tuple[int, Array]],
-    tag: int,
-    message_bytes: int,
-    requests: list[MPI.Request],
-) -> None:
-    ways: list[tuple[Any, Iterable[tuple[int, Array]]]]
-    ways = [(comm.Irecv, received), (comm.Isend, sent)]
-    for start_one, arrays in ways:
-        raws = [(rank, array.view(np.uint8)) for rank, array in arrays]
-        for low in range(0, max((raw.size for _, raw in raws), default=0), message_bytes):
-            for rank, raw in raws:
-                if low < raw.size:
-                    message = [raw[low : low + message_bytes], byte]
-                    requests.append(start_one(message, rank, tag))
+def _messages(
+    arrays: Iterable[tuple[int, Array]], message_bytes: int
+) -> Iterator[tuple[int, Array]]:
+    """Cut arrays into messages: the first of every rank, then every second one."""
+    raws = [(rank, array.view(np.uint8)) for rank, array in arrays]
+    for low in range(0, max((raw.size for _, raw in raws), default=0), message_bytes):
+        for rank, raw in raws:
+            if low < raw.size:
+                yield rank, raw[low : low + message_bytes]

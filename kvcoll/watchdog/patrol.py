@@ -163,7 +163,7 @@ def watch(
     _tracks[track.ranks] = track
     _ready = ready
     _look_s = min(_look_s, track.settings.look_s)
-    start(mpi)
+    start()
 
 
 def track_of(ranks: AcrossRanks) -> Track | None:
@@ -177,7 +177,7 @@ def program_ends() -> None:
         one.station.end_program()
 
 
-def start(mpi: Any) -> None:
+def start() -> None:
     """Begin to look, if nobody does."""
     global _thread
     if _thread is not None:
