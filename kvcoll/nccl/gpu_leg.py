@@ -19,7 +19,7 @@ from ..gpu.array import DeviceArray, as_device
 from ..gpu.device import Device, Event, Exposed
 from ..kernels.adding import added_rows
 from ..sums import order_of
-from ..transport.leg import Leg, LegSizes, parts_of
+from ..transport.leg import LegSizes, MpiLeg, parts_of
 from ..transport.losses import Losses
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _Segment:
 
 
 @final
-class GpuLeg(Leg):
+class GpuLeg(MpiLeg):
     """Sends each peer its part, adds the own one, and sends the sum to each, all on the GPU.
 
     Parameters
@@ -72,8 +72,8 @@ class GpuLeg(Leg):
         *,
         tree: bool = False,
     ) -> None:
+        super().__init__(mpi, losses)
         self.sizes = sizes
-        self._losses, self._error = losses, mpi.Exception
         self._comm, self._mpi, self._test_all = comm, mpi, mpi.Request.Testall
         self._rank, self._size, self._device = comm.rank, comm.size, device
         self._order = order_of([[k] for k in range(comm.size)], tree=tree)
@@ -109,18 +109,6 @@ class GpuLeg(Leg):
         self._scattering.append(segment)  # before: what fails halfway has begun to receive
         with self._losses:
             self._exchange(segment, received, sent, _SCATTER)
-
-    def finish_one(self) -> bool:
-        """Add what has come, and send on what was added; see `Leg.finish_one`."""
-        try:
-            return self._finish_one()
-        except self._error as error:
-            self.cut()
-            raise self._losses.meaning(error) from error
-
-    def cut(self) -> None:
-        """Hold itself, with all segments that are under way."""
-        self._losses.hold(self)
 
     def _finish_one(self) -> bool:
         while self._scattering and self._is_through(self._scattering[0]):

@@ -127,6 +127,36 @@ class Leg(ABC):
         """Keep for ever what MPI may still write to: a sum has ended in its midst."""
 
 
+class MpiLeg(Leg):
+    """A leg whose messages are MPI's: what its errors mean, and what outlives them.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    losses : Losses
+    """
+
+    def __init__(self, mpi: Any, losses: Losses) -> None:
+        self._losses, self._error = losses, mpi.Exception
+
+    def finish_one(self) -> bool:
+        """Add what has come, and send it on; see `Leg.finish_one`."""
+        try:
+            return self._finish_one()
+        except self._error as error:
+            self.cut()
+            raise self._losses.meaning(error) from error
+
+    def cut(self) -> None:
+        """Hold itself, with all segments that are under way."""
+        self._losses.hold(self)
+
+    @abstractmethod
+    def _finish_one(self) -> bool:
+        """Do as `finish_one`, and raise what MPI raises."""
+
+
 @dataclass(slots=True)
 class _Segment:
     mine: Array
@@ -137,7 +167,7 @@ class _Segment:
 
 
 @final
-class DirectLeg(Leg):
+class DirectLeg(MpiLeg):
     """Sends each peer its part, adds the own one, and sends the sum to each.
 
     So ``2 (n - 1) / n`` of a segment's bytes cross the wire each way, as in the best
@@ -160,8 +190,8 @@ class DirectLeg(Leg):
     def __init__(
         self, comm: MPI.Intracomm, mpi: Any, adder: Adder, sizes: LegSizes, losses: Losses
     ) -> None:
+        super().__init__(mpi, losses)
         self.sizes = sizes
-        self._losses, self._error = losses, mpi.Exception
         self._comm, self._byte, self._test_all = comm, mpi.BYTE, mpi.Request.Testall
         self._adder = adder
         self._rank, self._size = comm.rank, comm.size
@@ -190,18 +220,6 @@ class DirectLeg(Leg):
         with self._losses:
             requests = self._exchange(received, sent, _SCATTER)
         self._scattering.append(_Segment(mine, out, views, requests, whole))
-
-    def finish_one(self) -> bool:
-        """Add what has come, and send it on; see `Leg.finish_one`."""
-        try:
-            return self._finish_one()
-        except self._error as error:
-            self.cut()
-            raise self._losses.meaning(error) from error
-
-    def cut(self) -> None:
-        """Hold itself, with all segments that are under way."""
-        self._losses.hold(self)
 
     def _finish_one(self) -> bool:
         while self._scattering and self._test_all(self._scattering[0].requests):
