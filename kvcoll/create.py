@@ -517,8 +517,10 @@ def _leave_all() -> None:
                 link.lifeline.close()
     if not _links:
         return
-    from .transport import mpi
+    from .transport import ancestors, mpi
 
+    if error is None:
+        ancestors.leave()
     # A late store's link has the losses, and the ranks, of one that comes before.
     for link in {link.losses: link for link in reversed(_links)}.values():
         if link.losses.survives and link.losses.alarm.error is not None:

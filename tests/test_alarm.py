@@ -15,7 +15,13 @@ from kvcoll.errors import LateRankError, RankFailedError, RankLostError, rebuild
 from kvcoll.transport.alarm import Alarm
 from kvcoll.transport.host import Counters
 from kvcoll.transport.leg import post
-from kvcoll.transport.losses import Losses, leave_out_han, survives_losses, uses_han
+from kvcoll.transport.losses import (
+    Losses,
+    leave_out_han,
+    let_launchers_name_losses,
+    survives_losses,
+    uses_han,
+)
 from kvcoll.transport.waiting import Waiting
 
 
@@ -139,6 +145,17 @@ def test_collectives_are_left_out_only_where_losses_are_to_be_survived() -> None
         environ = {"OMPI_MCA_mpi_ft_enable": "1"} | ({"OMPI_MCA_coll": given} if given else {})
         leave_out_han(environ)
         assert environ["OMPI_MCA_coll"] == expected
+
+
+def test_ranks_abort_late_only_on_several_hosts_where_losses_end_the_job() -> None:
+    for here, ft, expected in (("2", "0", "1"), ("4", "0", None), ("2", "1", None)):
+        environ = {"OMPI_COMM_WORLD_LOCAL_SIZE": here, "OMPI_COMM_WORLD_SIZE": "4"}
+        environ["OMPI_MCA_mpi_ft_enable"] = ft
+        let_launchers_name_losses(environ)
+        assert environ.get("OMPI_MCA_opal_abort_delay") == expected
+    unknown: dict[str, str] = {}
+    let_launchers_name_losses(unknown)
+    assert unknown == {}
 
 
 class _Request:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +41,20 @@ while kv.version < 30:
         print(f"{me} without {told}: {kv.rank} of {kv.num_workers} on {kv.num_hosts}", flush=True)
 # 4 ranks push 1 + 2 + 4 + 8 ten times, 3 ranks 1 + 2 + 4, 2 ranks 1 + 2.
 print(f"{me} right: {(kv.pull('w') == -10 * (15 + 7 + 3)).all()}", flush=True)
+"""
+
+
+KILLED: Final = """
+import os, signal
+import numpy as np
+import kvcoll
+
+kv = kvcoll.create("dist_sync", overlap="always")
+kv.init("w", np.zeros(100_000, np.float32))
+for step in range(100):
+    if (kv.rank, step) == (3, 20):
+        os.kill(os.getpid(), signal.SIGKILL)
+    kv.push("w", np.ones(100_000, np.float32))
 """
 
 
@@ -171,6 +187,38 @@ def test_when_a_host_is_lost_the_job_ends_and_resume_goes_on(
     assert not job.timed_out, job.stdout
     assert "resumed   " in job.stdout
     assert job.returncode == 0, job.stdout
+
+
+def test_the_launcher_names_a_killed_rank_and_ends(hosts: Hosts, tidy: None) -> None:
+    if not is_open_mpi():
+        pytest.skip("names no rank by its number")
+    program = hosts.folder / "killed.py"
+    program.write_text(KILLED)
+    for _ in range(3):  # ranks abort and are named instead, or were once, more often than not
+        job, took_s = run_until(hosts, [str(program)])
+        assert not job.timed_out, job.stdout
+        assert took_s < ENDS_WITHIN_S
+        assert job.returncode == 128 + signal.SIGKILL, job.stdout
+        assert re.search(r"process rank 3 with PID \d+ on node kv2 exited on", job.stdout)
+
+
+def test_the_job_ends_though_its_launcher_waits_for_a_host_in_vain(
+    hosts: Hosts, tidy: None
+) -> None:
+    run = hosts.folder / "run-stopped"
+    arguments = [str(TRAIN), "--checkpoint", str(run), "--epochs", "100000"]
+
+    def ready() -> bool:
+        return (run / "00000001" / "manifest.json").exists()
+
+    def lose() -> None:
+        ends = "pkill -STOP 'prted|orted|hydra_pmi_proxy'; pkill -KILL -f train.py"
+        hosts.on("kv2", "bash", "-c", ends)
+
+    job, took_s = run_until(hosts, arguments, ready=ready, lose=lose)
+    assert not job.timed_out, job.stdout
+    assert job.returncode != 0
+    assert took_s < ENDS_WITHIN_S
 
 
 def processes(hosts: Hosts, host: str) -> str:

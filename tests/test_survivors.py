@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pytest
@@ -75,6 +81,46 @@ def test_only_a_launcher_above_other_launchers_is_found(tmp_path: Path) -> None:
     assert launcher(3, tmp_path) is None
     assert launcher(9, tmp_path) is None
     assert launcher(99, tmp_path) is None
+
+
+GUARDED: Final = """
+import os, signal, sys, time
+from kvcoll.transport import ancestors
+
+ancestors.guard(0.2)
+how = sys.argv[1]
+if how == "leaves":
+    ancestors.leave()
+elif how == "has a child" and os.fork() == 0:
+    time.sleep(60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.single
+@pytest.mark.parametrize("how", ["is killed", "has a child", "leaves"])
+@pytest.mark.parametrize("name", ["prterun", "prted"])
+def test_a_launcher_that_outlives_a_killed_rank_is_ended(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    launcher = tmp_path / name
+    shutil.copy("/bin/sh", launcher)
+    starts_and_hangs = '"$@"; read -r word'
+    process = subprocess.Popen(
+        [launcher, "-c", starts_and_hangs, "sh", sys.executable, "-c", GUARDED, how],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    is_ended = name == "prterun" and how != "leaves"
+    try:
+        code = process.wait(30 if is_ended else 2)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # none of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert code == (-signal.SIGTERM if is_ended else None)
 
 
 @pytest.mark.single

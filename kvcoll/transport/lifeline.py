@@ -23,7 +23,7 @@ from typing import Final, NamedTuple, final
 
 from ..topology import Topology
 from .addresses import addresses
-from .ancestors import see_it_end
+from .ancestors import guard, see_it_end
 
 LOST_CODE: Final = 88  # with which the job ends
 _SETTING: Final = "KVCOLL_LOST_HOST_S"
@@ -186,6 +186,8 @@ class Lifeline:
             self._server.close()
         self._thread = threading.Thread(target=self._watch, name="kvcoll-lifeline", daemon=True)
         self._thread.start()
+        if not self._survives and self._rank == self._topology.ranks_on(self._topology.host)[0]:
+            guard()
 
     def close(self) -> None:
         """Say good-bye, so that the end of this process is nobody's loss."""

@@ -26,6 +26,8 @@ _NAP_S: Final = 1e-3
 # What ``mpirun --with-ft ulfm`` of Open MPI 5 sets for its ranks.
 _SWITCH: Final = "OMPI_MCA_mpi_ft_enable"
 _COLLECTIVES: Final = "OMPI_MCA_coll"
+_ABORT_DELAY: Final = "OMPI_MCA_opal_abort_delay"
+_RANKS: Final = ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE")  # Open MPI's launchers set
 _ON: Final = ("1", "true", "yes", "t", "y", "enabled")
 
 
@@ -51,6 +53,18 @@ def leave_out_han(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if environ.get(_SWITCH, "").strip().lower() in _ON:
         environ.setdefault(_COLLECTIVES, "^han")
+
+
+def let_launchers_name_losses(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have a rank on several hosts wait for a second before MPI aborts it; before MPI is loaded.
+
+    Where losses are not survived Open MPI aborts ranks as soon as a connection breaks. If
+    its launcher hears of that before it hears of the rank that was killed, it names the wrong one,
+    and now and then (version 5.0.11) it does not end.
+    """
+    here, all_ranks = (environ.get(name, "") for name in _RANKS)
+    if here != all_ranks and environ.get(_SWITCH, "").strip().lower() not in _ON:
+        environ.setdefault(_ABORT_DELAY, "1")
 
 
 def uses_han(environ: Mapping[str, str] = os.environ) -> bool:

@@ -36,7 +36,7 @@ from .launcher import (
 )
 from .leg import DirectLeg, Leg, LegSizes, post
 from .lifeline import LOST_CODE
-from .losses import Losses, leave_out_han
+from .losses import Losses, leave_out_han, let_launchers_name_losses
 from .memory import SharedMemory, share
 from .waiting import Waiting
 
@@ -71,6 +71,7 @@ def import_mpi() -> Any:
     try:
         if "mpi4py.MPI" not in sys.modules:
             leave_out_han()
+            let_launchers_name_losses()
             if checks:
                 _let_import_not_start()
         from mpi4py import MPI
