@@ -32,6 +32,7 @@ from .errors import (
     RankLeftError,
     RanksDisagreeError,
     ThreadError,
+    WaitEndedError,
     name_of,
     rebuild,
     text_of,
@@ -202,6 +203,15 @@ class Agreement(ABC):
     def held(self) -> AbstractContextManager[None]:
         """Refuse, in a with-block, all agreements of this rank: the user's code runs."""
 
+    @abstractmethod
+    def atomic(self) -> AbstractContextManager[None]:
+        """Let a with-block of all ranks, whose agreements are in it, end on all or on none.
+
+        A rank may be lost when some have come through the last agreement, and others are
+        still in it: then it ends with the loss's error on all that are left. What it
+        changes for good is to be changed after it.
+        """
+
     @property
     @abstractmethod
     def ended(self) -> str:
@@ -242,6 +252,10 @@ class Alone(Agreement):
         return None
 
     def held(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def atomic(self) -> AbstractContextManager[None]:
         """Do nothing."""
         return nullcontext()
 
@@ -316,6 +330,36 @@ class AcrossRanks(Agreement):
             yield
         finally:
             self._is_held = before
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """Let a with-block end on all ranks or on none; see `Agreement.atomic`."""
+        try:
+            yield
+        except WaitEndedError:
+            self._settle(came_through=False)
+            raise
+        except Exception:  # the ranks agree on it
+            raise
+        except BaseException:
+            self._settle(came_through=False)
+            raise
+        self._settle(came_through=True)
+
+    def _settle(self, *, came_through: bool) -> None:
+        settling = self._messenger.start_settling(came_through)
+        if settling is None:
+            return
+        self._number += 1
+        try:
+            _wait_for(settling.done)
+            if came_through:
+                settling.check()
+        except BaseException:
+            settling.give_up()
+            raise
+        finally:
+            self.passed = self._number
 
     @property
     def n_stores(self) -> int:
@@ -503,16 +547,7 @@ class AcrossRanks(Agreement):
         Ranks that wait by offering their cores to one another, where there are more ranks than
         cores, kept Linux 6.18 from syncing the file for which they waited, for a minute.
         """
-        pending = self._messenger.start_exchange(sent, received, dest, source)
-        nap_s = _FIRST_NAP_S
-        while not pending.done():
-            try:
-                time.sleep(nap_s)
-            except BaseException:  # of a signal's handler: the others count on this round
-                while not pending.done():
-                    time.sleep(nap_s)
-                raise
-            nap_s = min(_LONGER * nap_s, _LONGEST_NAP_S)
+        _wait_for(self._messenger.start_exchange(sent, received, dest, source).done)
 
     def _verdict(self, mine: Report) -> Exception:
         return self._judged(self._reports(mine))
@@ -572,6 +607,9 @@ class _OfStore(Agreement):
     def held(self) -> AbstractContextManager[None]:
         return self._ranks.held()
 
+    def atomic(self) -> AbstractContextManager[None]:
+        return self._ranks.atomic()
+
     @property
     def ended(self) -> str:
         return self._ranks.ended
@@ -579,6 +617,19 @@ class _OfStore(Agreement):
 
 def _nap() -> None:
     time.sleep(1e-4)
+
+
+def _wait_for(done: Callable[[], bool]) -> None:
+    """Wait, and leave the core to others meanwhile."""
+    nap_s = _FIRST_NAP_S
+    while not done():
+        try:
+            time.sleep(nap_s)
+        except BaseException:  # of a signal's handler: the others count on this rank
+            while not done():
+                time.sleep(nap_s)
+            raise
+        nap_s = min(_LONGER * nap_s, _LONGEST_NAP_S)
 
 
 def _joined(digest: int, number: int, received: bytearray) -> tuple[int, int]:

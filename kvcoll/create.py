@@ -376,7 +376,7 @@ def _distributed(kind: str, comm: Any, options: _Options, limit_s: float) -> KVS
             joining = joining_gpus.again
         else:
             transport, _ = joining(own, link.topology, link.losses)
-        its_link = _async_link(own, link) if is_async else link
+        its_link = _async_link(own, link, limit_s) if is_async else link
         agreement = its_link.ranks.of_store()
         launching = options.launching(link.topology, agreement)
         store = KVStore(
@@ -423,10 +423,10 @@ def _nothing() -> None:
     pass
 
 
-def _async_link(own: MPI.Intracomm, link: Link) -> Link:
+def _async_link(own: MPI.Intracomm, link: Link, limit_s: float) -> Link:
     """Make the link of one late store."""
     topology, losses = link.topology, link.losses
-    ranks = late_ranks(own, topology, losses, farewell.advance)
+    ranks = late_ranks(own, topology, losses, farewell.advance, limit_s)
     return Link(own, topology, ranks, losses, farewell.advance)
 
 
@@ -474,7 +474,7 @@ def _new_link(comm: Any, limit_s: float) -> Link:
     losses = mpi.losses_of(own)
     topology = mpi.topology_of(own, losses)
     farewell.may_use_threads = mpi.allows_threads()
-    messenger = mpi.MpiMessenger(own, topology, losses=losses)
+    messenger = mpi.messenger_of(own, topology, losses, limit_s)
     ranks = AcrossRanks(messenger, losses.alarm, farewell.advance)
     link = Link(own, topology, ranks, losses, farewell.advance)
     if losses.survives and topology.num_hosts > 1 and uses_han():

@@ -293,7 +293,7 @@ class _Attempt:
         link, comm, losses = self._link, self._comm, self._losses
         mpi.check_collectives(comm, losses)
         topology = mpi.topology_of(comm, losses)
-        messenger = mpi.MpiMessenger(comm, topology, losses=losses)
+        messenger = mpi.messenger_of(comm, topology, losses, self._limit_s)
         ranks = AcrossRanks(messenger, losses.alarm, link.idle)
         left = Left.of(link.topology, topology, mpi.ranks_in(comm, link.comm))
         mine = {str(store.number): asdict(store.standing()) for store in self._stores}
@@ -309,7 +309,7 @@ class _Attempt:
             transport, take_over = store.join(own, topology, losses)
             _level(store, [Standing(**one[1][number]) for one in told], ranks, transport)
             if store.is_late:
-                its_ranks = late_ranks(own, topology, losses, link.idle)
+                its_ranks = late_ranks(own, topology, losses, link.idle, self._limit_s)
                 its_link = self._stores[store]
                 self._commits.append(partial(its_link.move, own, topology, its_ranks, losses))
             else:
@@ -347,12 +347,17 @@ def _not_through() -> WaitEndedError:
 
 
 def late_ranks(
-    own: MPI.Intracomm, topology: Topology, losses: Losses, idle: Callable[[], None]
+    own: MPI.Intracomm,
+    topology: Topology,
+    losses: Losses,
+    idle: Callable[[], None],
+    limit_s: float,
 ) -> AcrossRanks:
     """Make the agreement of one store, whose thread agrees while the caller uses others."""
     from .transport import mpi
 
-    messenger = mpi.MpiMessenger(own, topology, Waiting.patient(losses.alarm), losses)
+    patient = Waiting.patient(losses.alarm)
+    messenger = mpi.messenger_of(own, topology, losses, limit_s, patient)
     return AcrossRanks(messenger, losses.alarm, idle, one_error_ends=True)
 
 

@@ -653,10 +653,12 @@ KeyKindError, ArrayError
             It is not callable.
         """
         with self._guard:
-            with self._checked("set_updater()"):
-                if not callable(updater):
-                    raise TypeError(f"an updater must be callable, got {type(updater).__name__}")
-            self._agreement.confirm(_SET_UPDATER)
+            with self._agreement.atomic():
+                with self._checked("set_updater()"):
+                    if not callable(updater):
+                        kind = builtins.type(updater).__name__
+                        raise TypeError(f"an updater must be callable, got {kind}")
+                self._agreement.confirm(_SET_UPDATER)
             self._updater = self._here(Custom(updater))
             self._has_lent = True
 
@@ -682,11 +684,12 @@ KeyKindError, ArrayError
             The ranks gave different optimizers or settings.
         """
         with self._guard:
-            with self._checked("set_optimizer()"):
-                updater = Optimize(_as_optimizer(optimizer, arguments))
-                name = f"set_optimizer({updater.describe()})"
-                call = Call(name, digest("set_optimizer", updater.digest(())))
-            self._agreement.confirm(call)
+            with self._agreement.atomic():
+                with self._checked("set_optimizer()"):
+                    updater = Optimize(_as_optimizer(optimizer, arguments))
+                    name = f"set_optimizer({updater.describe()})"
+                    call = Call(name, digest("set_optimizer", updater.digest(())))
+                self._agreement.confirm(call)
             self._updater = self._here(updater)
 
     def save_optimizer_states(self, fname: Any, dump_optimizer: bool = False) -> None:
@@ -768,21 +771,22 @@ KeyKindError, ArrayError
         with self._guard:
             name = "load_optimizer_states()"
             draft = None
-            with self._checked(name):
-                path = as_path(fname)
-            self._agreement.confirm(_LOAD_STATES)
-            with self._checked(name):
-                entries, updater = self._at_host()
-                if self.rank == 0:
-                    draft = states.read(path, updater, entries)
-            self._agreement.confirm(_FILE_READ)
-            text = self._agreement.tell(draft.text if draft else "")[0]
-            with self._checked(name):
-                if draft is None:
-                    draft = states.Draft(path, text, updater, entries)
-            self._agreement.confirm(_MEMORY_TAKEN)
-            for array in draft.arrays:
-                self._transport.broadcast(array)
+            with self._agreement.atomic():
+                with self._checked(name):
+                    path = as_path(fname)
+                self._agreement.confirm(_LOAD_STATES)
+                with self._checked(name):
+                    entries, updater = self._at_host()
+                    if self.rank == 0:
+                        draft = states.read(path, updater, entries)
+                self._agreement.confirm(_FILE_READ)
+                text = self._agreement.tell(draft.text if draft else "")[0]
+                with self._checked(name):
+                    if draft is None:
+                        draft = states.Draft(path, text, updater, entries)
+                self._agreement.confirm(_MEMORY_TAKEN)
+                for array in draft.arrays:
+                    self._transport.broadcast(array)
             self._updater = draft.apply()
             if self._border is not None:
                 known = self._replica.entries
@@ -822,20 +826,21 @@ KeyKindError, ArrayError
         2-bit compression; Seide et al. 2014 (1 bit); Strom 2015 (2 bits).
         """
         with self._guard:
-            with self._checked("set_gradient_compression()"):
-                compression = parse(compression_params)
-                if self._border is not None and compression is not None:
-                    raise ArgumentError(
-                        "gradients on a GPU travel as they are: compress those of a store on the "
-                        "host ('dist_sync')"
-                    )
-                drafted = None
-                if compression is not None:
-                    specs = [entry.spec for entry in self._replica.entries.values()]
-                    drafted = self._engine.draft_compressor(compression, specs)
-                said = describe(compression)
-                call = Call(f"set_gradient_compression({said})", digest("compression", said))
-            self._agreement.confirm(call)
+            with self._agreement.atomic():
+                with self._checked("set_gradient_compression()"):
+                    compression = parse(compression_params)
+                    if self._border is not None and compression is not None:
+                        raise ArgumentError(
+                            "gradients on a GPU travel as they are: compress those of a store on "
+                            "the host ('dist_sync')"
+                        )
+                    drafted = None
+                    if compression is not None:
+                        specs = [entry.spec for entry in self._replica.entries.values()]
+                        drafted = self._engine.draft_compressor(compression, specs)
+                    said = describe(compression)
+                    call = Call(f"set_gradient_compression({said})", digest("compression", said))
+                self._agreement.confirm(call)
             self._engine.compress(drafted)
 
     # Replicas ---------------------------------------------------------------------
@@ -1020,14 +1025,15 @@ KeyKindError, ArrayError
         its values' size meanwhile.
         """
         with self._guard:
-            loading = self._checkpoints.open(path, self._contents)
             is_new = not self._replica.entries
             try:
-                if is_new:
-                    self._init(list(loading.manifest.keys), loading.first_values)
-                contents = self._contents()
-                loaded = loading.read(contents, in_place=is_new)
-                compressor = loading.together.do(lambda: self._restored_compressor(loaded))
+                with self._agreement.atomic():
+                    loading = self._checkpoints.open(path, self._contents)
+                    if is_new:
+                        self._init(list(loading.manifest.keys), loading.first_values)
+                    contents = self._contents()
+                    loaded = loading.read(contents, in_place=is_new)
+                    compressor = loading.together.do(lambda: self._restored_compressor(loaded))
             except BaseException:
                 if is_new:
                     self._replica.clear()
@@ -1174,8 +1180,10 @@ KeyKindError, ArrayError
         earliest whole one, or not whole, are copied from it, with the optimizer's states; the
         states of a user's own updater are the user's. What gradient compression has left over
         stays each rank's own, codes of the interrupted push being taken as sent; that of lost
-        ranks is lost. A key whose `init` was not
-        complete on all ranks is in none any more. A checkpoint under way comes to nothing.
+        ranks is lost. `init`, `load` and what sets an
+        updater, an optimizer or a compression are done on all ranks that are left, or have
+        raised and are done on none, and may be called again. A checkpoint under way comes to
+        nothing.
         A further loss meanwhile is survived, too. Stores on GPUs stay on theirs: NCCL is aborted
         and its communicators are made anew; until then `pull` raises, too. A push there returns
         before its sum is complete, so that, without `elastic`, a loss may interrupt one on all
@@ -1374,21 +1382,25 @@ KeyKindError, ArrayError
             self._border.close()
 
     def _init(self, key: Any, value: Any, out: Any = _NO_OUTPUT) -> list[Any]:
-        with self._checked("init()"):
-            if self._borders is not None and not self._replica.entries:
-                self._settle(self._borders(value))
-            specs, values, is_list = self._new_values(key, value)
-            drafted = self._replica.draft(specs)
-            items = [str(spec) for spec in specs]
-            call = Call(f"init({_shown(specs)})", digest("init", *items), items)
-            by_key = {entry.spec.key: entry for entry in drafted}
-            given = [by_key[k] for k in (as_keys(key)[0])]
-            outputs = [] if out is _NO_OUTPUT else self._checked_outputs(given, is_list, out)
-        self._agreement.confirm(call)
+        drafted: list[Entry] = []
         try:
-            self._engine.place(drafted)
-            self._replica.keep(drafted, values)
-            self._engine.broadcast(drafted)
+            with self._agreement.atomic():
+                with self._checked("init()"):
+                    if self._borders is not None and not self._replica.entries:
+                        self._settle(self._borders(value))
+                    specs, values, is_list = self._new_values(key, value)
+                    drafted = self._replica.draft(specs)
+                    items = [str(spec) for spec in specs]
+                    call = Call(f"init({_shown(specs)})", digest("init", *items), items)
+                    by_key = {entry.spec.key: entry for entry in drafted}
+                    given = [by_key[k] for k in (as_keys(key)[0])]
+                    outputs: list[Any] = []
+                    if out is not _NO_OUTPUT:
+                        outputs = self._checked_outputs(given, is_list, out)
+                self._agreement.confirm(call)
+                self._engine.place(drafted)
+                self._replica.keep(drafted, values)
+                self._engine.broadcast(drafted)
         except WaitEndedError:  # as if it had not begun: values of this rank are not rank 0's
             kept = self._replica.entries
             self._replica.drop([entry.spec.key for entry in drafted if entry.spec.key in kept])

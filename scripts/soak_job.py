@@ -14,7 +14,9 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -122,12 +124,13 @@ def gradients(seed: int, step: int, rank: int, size: int) -> list[Array | RowSpa
     return [*shares, RowSparse(data.astype(np.float32), indices, ROWS_SHAPE)]
 
 
-def begin(kv: KVStore, settings: Settings, *, resumes: bool) -> None:
-    """Go on from the newest checkpoint that is sound, or begin anew."""
-    if resumes and go_back(kv, settings):
-        return
-    kv.init(KEYS, first_values())
-    kv.set_optimizer(**settings.optimizer)
+def beginning(kv: KVStore, settings: Settings, *, resumes: bool) -> list[Callable[[], bool | None]]:
+    """Give what is to be done before the training; nothing of it is left after one that is true."""
+    steps: list[Callable[[], bool | None]] = [
+        partial(kv.init, KEYS, first_values()),
+        partial(kv.set_optimizer, **settings.optimizer),
+    ]
+    return [partial(go_back, kv, settings), *steps] if resumes else steps
 
 
 def go_back(kv: KVStore, settings: Settings) -> bool:
@@ -174,12 +177,15 @@ def finish(kv: KVStore, report: Report) -> None:
     report.version, report.num_workers = kv.version, kv.num_workers
 
 
-def run(kv: KVStore, settings: Settings, report: Report) -> None:
+def run(kv: KVStore, settings: Settings, report: Report, *, resumes: bool) -> None:
     """Train to the end, going on after every error after which a store can be used on."""
     is_elastic = bool(settings.options.get("elastic"))
+    before = beginning(kv, settings, resumes=resumes)
     goes_on = True
     while goes_on:
         try:
+            while before:
+                before[:] = [] if before[0]() else before[1:]
             train(kv, settings, report)
             finish(kv, report)
             goes_on = False
@@ -221,8 +227,7 @@ def main() -> int:
         kv = kvcoll.create(settings.name, **settings.options)
         place = Path(settings.folder) / f"{launch}-{kv.rank}.json"
         with kv:
-            begin(kv, settings, resumes=described["resumes"])
-            run(kv, settings, report)
+            run(kv, settings, report, resumes=described["resumes"])
         report.end = "done"
     except Exception as error:
         report.end, report.text = type(error).__name__, str(error)

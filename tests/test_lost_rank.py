@@ -475,3 +475,115 @@ except NotSurvivableError as error:
     job = mpirun(2, program, timeout_s=LIMIT_S, env={"PYTHONPATH": PATH})
     assert sorted(job.stdout.splitlines()) == ["well 0", "well 1"], job.stderr
     assert re.search("Traceback", job.stderr) is None
+
+
+# Calls that change a store, each with what shows that a rank has taken it, and how often the ranks
+# agree in it before the last time.
+CHANGES = {
+    "init": ("kv.init('new', np.ones(3, np.float32))", 0),
+    "set_updater": ("kv.set_updater(lambda key, given, stored: stored.__iadd__(given))", 0),
+    "set_optimizer": ("kv.set_optimizer('sgd', learning_rate=0.5)", 0),
+    "set_gradient_compression": ("kv.set_gradient_compression({'type': 'fp16'})", 0),
+    "load_optimizer_states": ("kv.load_optimizer_states(states)", 2),
+    "load": ("kv.load(run)", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_changes_a_store_is_done_by_all_survivors_or_by_none(
+    mpirun: RunJob, tmp_path: Path, change: str
+) -> None:
+    call, n_before = CHANGES[change]
+    said = run(
+        mpirun,
+        tmp_path,
+        3,
+        f"""
+from kvcoll.agreement import AcrossRanks
+
+states, run = {str(tmp_path / "states")!r}, {str(tmp_path / "run")!r}
+kv, check = stores(optimizer="adam", elastic=True)
+kv.push(["w", "v"], gradients(kv))
+kv.save_optimizer_states(states)
+kv.save(run)
+kv.push(["w", "v"], gradients(kv))
+
+whole, n_left, has_begun = AcrossRanks.confirm, 10**9, False
+
+def confirm(self, *given):
+    # Rank 1 is killed once all have agreed; rank 2 hears of that before it hears of the rest.
+    global n_left, has_begun
+    result = whole(self, *given)
+    n_left -= has_begun
+    if n_left < 0 and rank == 1:
+        die()
+    if n_left < 0 and rank == 2:
+        while True:
+            self._alarm.check()
+            time.sleep(1e-3)
+    return result
+
+AcrossRanks.confirm = confirm
+has_begun = True
+if {n_before is None}:
+    {call}
+    n_before = 10**9 - n_left - 1
+    kv.push(["w", "v"], gradients(kv))
+else:
+    n_before = {n_before}
+n_left = n_before
+try:
+    {call}
+    raise AssertionError("nobody was lost")
+except RankLostError as error:
+    assert error.ranks == (1,), error.ranks
+n_left, has_begun = 10**9, False
+kv.recover()
+version = kv.version
+{call}
+assert kv.version <= version
+for _ in range(2):
+    kv.push(["w", "v"], gradients(kv))
+same_bits(kv, ["w", "v"], check)
+kv.verify()
+say("well", rank)
+""",
+    )
+    assert said == ["well 0", "well 2"]
+
+
+@pytest.mark.parametrize("name", ["dist_sync", "dist_async"])
+def test_a_survivor_that_comes_to_such_a_call_alone_does_not_wait_in_it(
+    mpirun: RunJob, tmp_path: Path, name: str
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        3,
+        f"""
+kv, check = stores({name!r}, optimizer="adam", elastic=True)
+kv.push(["w", "v"], gradients(kv))
+kv.barrier()
+if rank == 1:
+    die()
+began_s = time.monotonic()
+try:
+    if rank == 0:
+        while True:
+            kv.push("v", np.ones(5, np.float32))
+    kv.set_optimizer("sgd", learning_rate=0.5)
+    raise AssertionError("nobody was lost")
+except RankLostError as error:
+    assert error.ranks == (1,)
+kv.recover()
+took_s = time.monotonic() - began_s
+assert took_s < LIMIT_S, took_s
+kv.set_optimizer("sgd", learning_rate=0.5)
+for _ in range(2):
+    kv.push(["w", "v"], gradients(kv))
+kv.barrier()
+same_bits(kv, ["w", "v"], check)
+say("well", rank)
+""",
+    )
+    assert said == ["well 0", "well 2"]

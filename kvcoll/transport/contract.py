@@ -242,6 +242,30 @@ class Messenger(ABC):
     def start_all_gather(self, text: bytes) -> Pending:
         """Begin to send a text of any length to every rank and receive theirs."""
 
+    def start_settling(self, came_through: bool) -> Settling | None:
+        """Begin to learn whether all ranks came through; called by all that may have.
+
+        All that are left learn the same, whoever is lost meanwhile. None where there is nothing
+        to learn: a loss ends the job.
+        """
+        return None
+
+
+class Settling(ABC):
+    """What comes of a call, while the ranks settle it."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Push it on; say whether it is settled."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise what ended the waiting unless all ranks came through; only once it is `done`."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Leave it to the others: this rank does not wait until it is `done`."""
+
 
 class Pending(ABC):
     """An exchange under way."""

@@ -143,6 +143,13 @@ class Losses:
             return ended
         return error
 
+    def find_out(self) -> None:
+        """Sound the alarm, as another rank has: with what this one hears within a second."""
+        if self.alarm.error is None:
+            self.look()
+        if self.alarm.error is None:
+            self._sound_revoked()
+
     def hold(self, *things: object) -> None:
         """Keep requests that were not completed, and their memory: MPI may still write to it.
 

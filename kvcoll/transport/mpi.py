@@ -26,7 +26,7 @@ from ..sums import Adder
 from ..topology import Topology
 from . import survivors
 from .alarm import Alarm
-from .contract import Exchange, Messenger, Pending, Sink, Transport, Window
+from .contract import Exchange, Messenger, Pending, Settling, Sink, Transport, Window
 from .launcher import (
     check_before_start,
     check_launcher,
@@ -251,6 +251,18 @@ def duplicate(comm: object, limit_s: float, losses: Losses | None = None) -> MPI
     copy.Set_errhandler(mpi.ERRORS_RETURN)
     losses.watch(copy)
     return copy
+
+
+def messenger_of(
+    comm: MPI.Intracomm,
+    topology: Topology,
+    losses: Losses,
+    limit_s: float,
+    waiting: Waiting | None = None,
+) -> MpiMessenger:
+    """Make what the ranks of a communicator agree by; collective, as `duplicate`."""
+    settling = duplicate(comm, limit_s, losses) if losses.survives else None
+    return MpiMessenger(comm, topology, waiting, losses, settling)
 
 
 def topology_of(comm: MPI.Intracomm, losses: Losses | None = None) -> Topology:
@@ -546,6 +558,8 @@ class MpiMessenger(Messenger):
         How to wait for the other ranks; None for as quick as can be.
     losses : Losses or None, default None
         What an error of MPI means, and what ends the waiting; None for errors as they are.
+    settling : mpi4py.MPI.Intracomm or None, default None
+        Of the same ranks, to settle calls over, where a loss is survived.
     """
 
     def __init__(
@@ -554,9 +568,11 @@ class MpiMessenger(Messenger):
         topology: Topology,
         waiting: Waiting | None = None,
         losses: Losses | None = None,
+        settling: MPI.Intracomm | None = None,
     ) -> None:
         self.topology = topology
         self._patience = waiting
+        self._settling = settling
         self._mpi = import_mpi()
         self._losses = losses or losses_of(comm)
         self._error = self._mpi.Exception
@@ -590,6 +606,12 @@ class MpiMessenger(Messenger):
         """Send a text to each rank by MPI_Isend; lengths are probed for."""
         with self._losses:
             return _Texts(self._comm, self.topology, text, self._losses)
+
+    def start_settling(self, came_through: bool) -> Settling | None:
+        """Begin MPI_Comm_iagree, some 200 microseconds, where a loss is survived."""
+        if self._settling is None:
+            return None
+        return survivors.Agreed(self._mpi, self._settling, self._losses, came_through)
 
 
 @final

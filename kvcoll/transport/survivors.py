@@ -10,13 +10,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
 from ..errors import BrokenMPIError
+from .contract import Settling
+from .losses import Losses
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 LIMIT_CODE: Final = 87
 _FORCED_S: Final = 3.0  # what MPI_Abort has to end the job
 _OK: Final = 1
+_THROUGH_S: Final = 10.0
+_ENDED_S: Final = 1.0
 _N_CHECKED: Final = 1000  # so many that a collective goes its usual way
 
 
@@ -72,6 +78,63 @@ def agree(mpi: Any, comm: MPI.Intracomm, bits: int) -> int | None:
         return int(comm.Agree(bits))
     except mpi.Exception:
         return None
+
+
+@final
+class Agreed(Settling):
+    """Whether all ranks came through a call: the same for all that are left (MPI_Comm_iagree).
+
+    Once the alarm has sounded it is waited for a while only: for long where this rank
+    came through, as all others are near then; else some may never have come to the call.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    comm : mpi4py.MPI.Intracomm
+        For nothing else: a rank that has been told of a loss may be in other calls.
+    losses : Losses
+    came_through : bool
+        Whether this rank did.
+    """
+
+    def __init__(self, mpi: Any, comm: Any, losses: Losses, came_through: bool) -> None:
+        self._error, self._losses = mpi.Exception, losses
+        self._limit_s = _THROUGH_S if came_through else _ENDED_S
+        self._until_s: float | None = None
+        self._all = array("i", [_OK if came_through else 0])
+        self._is_known = True
+        try:
+            self._request = comm.Iagree(self._all)
+        except self._error:
+            self._request, self._is_known = None, False
+
+    def done(self) -> bool:
+        """Ask MPI."""
+        try:
+            if self._request is None or self._request.Test():
+                return True
+        except self._error:  # a rank has died, as all that are left learn
+            self._is_known = False
+            return True
+        if self._losses.alarm.error is not None:
+            now_s = time.monotonic()
+            self._until_s = self._until_s or now_s + self._limit_s
+            if now_s > self._until_s:
+                self.give_up()
+                self._is_known = False
+                return True
+        return False
+
+    def check(self) -> None:
+        """Raise what the alarm says, or is about to."""
+        if not self._is_known or self._all[0] != _OK:
+            self._losses.find_out()
+            self._losses.alarm.check()
+
+    def give_up(self) -> None:
+        """Keep what MPI may still write to."""
+        self._losses.hold(self._request, self._all)
 
 
 def check_collectives(mpi: Any, comm: Any) -> None:
