@@ -276,6 +276,8 @@ class Optimize(Updater):
         self._agreed = (0.0, 0.0, 0)  # rate, decay and count of updates of the push under way
         self._states: dict[Chunk, list[Array]] = {}
         self._counts: dict[Key, int] = {}
+        # Keys made ready for a push that may yet be refused, on some ranks only: of no account.
+        self._new: set[Key] = set()
         self._factors: dict[Key, Factors] = {}
         self._forget_factors()
         # The user may change the optimizer's settings while an update waits for its sum:
@@ -284,20 +286,17 @@ class Optimize(Updater):
         self._agreed_settings: tuple[float, ...] = ()
 
     def prepare(self, buckets: Sequence[Bucket]) -> None:
-        """Make the states of keys that are new."""
+        """Make room for the states of keys that are new."""
         for bucket in buckets:
             for entry, _, _, _ in bucket.members:
                 if entry.spec.key not in self._counts:
                     self._optimizer.check(entry.spec)
             self._optimizer.reserve(bucket.dtype)
-            keeps_master = self._optimizer.keeps_master(bucket.dtype)
             for run in bucket.runs:
                 self._make_states(run.chunk)
             for entry, _, _, _ in bucket.members:
                 if entry.spec.key not in self._counts:
-                    if keeps_master:
-                        master = self._states[entry.chunk][-1][entry.start : entry.stop]
-                        self.place.copy(entry.flat, master)
+                    self._new.add(entry.spec.key)
                     self._counts[entry.spec.key] = self._optimizer.begin_num_update
 
     def begin(self, bucket: Bucket) -> Sink:
@@ -422,7 +421,7 @@ class Optimize(Updater):
 
     def counts(self) -> dict[Key, int]:
         """Give the keys that have states, each with its number of updates so far."""
-        return dict(self._counts)
+        return {key: count for key, count in self._counts.items() if key not in self._new}
 
     def states_of(self, entry: Entry) -> list[Array]:
         """Give the states of one key that has them, as flat arrays."""
@@ -435,22 +434,27 @@ class Optimize(Updater):
         """
         self._make_states(entry.chunk)
         self._counts[entry.spec.key] = count
+        self._new.discard(entry.spec.key)
 
     def take_back(self, bucket: Bucket) -> None:
         """Count the bucket's keys, and all updates, as before the last `begin`."""
-        for member in bucket.members:
-            self._counts[member.entry.spec.key] -= 1
         least = self._optimizer.begin_num_update
+        for member in bucket.members:
+            key = member.entry.spec.key
+            self._counts[key] -= 1
+            if self._counts[key] == least:
+                self._new.add(key)
         self._optimizer.num_update = max([least, *self._counts.values()])
 
     def told(self) -> Any:
         """Give the counts; a key without a count has no states that are of use."""
-        return [self._optimizer.num_update, list(self._counts.items())]
+        return [self._optimizer.num_update, list(self.counts().items())]
 
     def level(self, told: Any, entries: Mapping[Key, Entry]) -> list[Array]:
         """Take the counts; give the states."""
         self._optimizer.num_update, counts = told
         self._counts.clear()
+        self._new.clear()
         self._counts.update((key, count) for key, count in counts if key in entries)
         for key in self._counts:
             self._make_states(entries[key].chunk)
@@ -463,7 +467,8 @@ class Optimize(Updater):
     def with_optimizer(self, optimizer: Optimizer) -> Optimize:
         """Give an updater of the same states and counts, and an optimizer of equal settings."""
         own = Optimize(optimizer)
-        own.place, own._states, own._counts = self.place, self._states, self._counts
+        own.place, own._states = self.place, self._states
+        own._counts, own._new = self._counts, self._new
         return own
 
     def at(
@@ -483,7 +488,7 @@ class Optimize(Updater):
             Copies a flat array of this place into one of that place.
         """
         own = Optimize(self._optimizer)
-        own.place, own._counts = place, dict(self._counts)
+        own.place, own._counts, own._new = place, dict(self._counts), set(self._new)
         for chunk, states in self._states.items():
             own._make_states(chunks[chunk])
             for state, other in zip(states, own._states[chunks[chunk]], strict=True):
@@ -503,7 +508,10 @@ class Optimize(Updater):
         self._name_digest = digest(name, *self._optimizer.names_and_factors())
 
     def _rates(self, members: Sequence[Member]) -> list[tuple[Factors, int]]:
+        """Count an update of each key; give what it goes by."""
         counts, factors, optimizer = self._counts, self._factors, self._optimizer
+        if self._new:
+            self._begin_states([member.entry for member in members])
         rates = []
         for member in members:
             key = member.entry.spec.key
@@ -512,6 +520,14 @@ class Optimize(Updater):
                 factors[key] = optimizer.multipliers(key)
             rates.append((factors[key], count))
         return rates
+
+    def _begin_states(self, entries: Sequence[Entry]) -> None:
+        """Let keys have states from now on, if they are new."""
+        for entry in entries:
+            if entry.spec.key in self._new:
+                if self._optimizer.keeps_master(entry.spec.dtype):
+                    self.place.copy(entry.flat, self.states_of(entry)[-1])
+                self._new.discard(entry.spec.key)
 
     def _check_states(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ from raised_by_all import raised_by_all
 
 import kvcoll
 from kvcoll import KVStore, RowSparse
-from kvcoll.errors import ArgumentError, RanksDisagreeError, ReplicasDifferError
+from kvcoll.errors import (
+    ArgumentError,
+    RanksDisagreeError,
+    ReplicasDifferError,
+    ShapeMismatchError,
+)
 
 pytestmark = pytest.mark.ranks(at_least=2)
 
@@ -256,3 +262,24 @@ def test_verify_every_goes_with_several_ranks_only() -> None:
         kvcoll.create("local", verify_every=1)
     with pytest.raises(ArgumentError, match="takes no options"):
         kvcoll.create("teststore", verify_every=1)
+
+
+@pytest.mark.parametrize("overlap", [False, "always"])
+def test_a_first_push_that_was_refused_leaves_no_rank_a_state_more_than_others(
+    comm: Any, tmp_path: Path, overlap: Any
+) -> None:
+    path = comm.bcast(str(tmp_path / "run"))
+    with kvcoll.create("dist_sync", overlap=overlap) as kv:
+        kv.init(["w", "half"], [np.ones(7), np.full(5, 2, np.float16)])
+        kv.set_optimizer("sgd", learning_rate=0.5, momentum=0.5, multi_precision=True)
+        for key, n in (("w", 7), ("half", 5)):
+            with pytest.raises(ShapeMismatchError):
+                kv.push(key, np.ones(n + (kv.rank == 1)))
+        assert len(kv.verify()) == 32
+        kv.save(path)
+        kv.push(["half", "w"], [np.ones(5, np.float16), np.ones(7)])
+        assert len(kv.verify()) == 32
+        assert (kv.pull("half") == 2 - kv.num_workers / 2).all()
+        assert (kv.pull("w") == 1 - kv.num_workers / 2).all()
+        kv.load(path)
+        assert (kv.pull("half") == 2).all()
