@@ -47,6 +47,7 @@ _LEFT = 3
 _JOINED = 4
 _FIRST = 16  # or-ed into every other digest, so that none is one of the words above
 _CLOSE = 0x5AFE5C105ED00000
+_CAME_THROUGH = 0x5E771ED0CA110000
 _FIRST_NAP_S, _LONGER, _LONGEST_NAP_S = 1e-5, 1.3, 2e-3
 _STORE_STEP = 0x9E3779B97F4A7C15 & ~31  # leaves the words above what they are
 _MASK = 2**64 - 1
@@ -214,6 +215,11 @@ class Agreement(ABC):
 
     @property
     @abstractmethod
+    def n_settled(self) -> int:
+        """How many such blocks this rank has come through."""
+
+    @property
+    @abstractmethod
     def ended(self) -> str:
         """Why no rank can be asked any more, or ``''``."""
 
@@ -258,6 +264,11 @@ class Alone(Agreement):
     def atomic(self) -> AbstractContextManager[None]:
         """Do nothing."""
         return nullcontext()
+
+    @property
+    def n_settled(self) -> int:
+        """None: nothing can come between."""
+        return 0
 
     @property
     def ended(self) -> str:
@@ -308,7 +319,7 @@ class AcrossRanks(Agreement):
         self.call: Call | None = None  # of the last agreement; for a watchdog, as `passed` is
         self.passed = 0
         self._num_active = self._size = size
-        self._n_stores = 0
+        self._n_stores = self._n_settled = 0
         self._open: set[int] = set()
         self._ended = ""
         self.is_final = False  # whether a rank has ended, and not just left its stores
@@ -332,24 +343,29 @@ class AcrossRanks(Agreement):
             self._is_held = before
 
     @contextmanager
-    def atomic(self) -> Iterator[None]:
+    def atomic(self, store: int = 0) -> Iterator[None]:
         """Let a with-block end on all ranks or on none; see `Agreement.atomic`."""
+        if not self._messenger.settles:
+            yield
+            return
         try:
             yield
+            # A rank that has left, or is at another call, is told here: it settles nothing.
+            name = self.call.name if self.call is not None else "a call"
+            self.confirm(Call(f"the end of {name}", _CAME_THROUGH), store=store)
         except WaitEndedError:
             self._settle(came_through=False)
             raise
-        except Exception:  # the ranks agree on it
-            raise
-        except BaseException:
-            self._settle(came_through=False)
-            raise
         self._settle(came_through=True)
+        self._n_settled += 1
+
+    @property
+    def n_settled(self) -> int:
+        """How many such blocks this rank has come through."""
+        return self._n_settled
 
     def _settle(self, *, came_through: bool) -> None:
         settling = self._messenger.start_settling(came_through)
-        if settling is None:
-            return
         self._number += 1
         try:
             _wait_for(settling.done)
@@ -581,6 +597,7 @@ class _OfStore(Agreement):
     def __init__(self, ranks: AcrossRanks, number: int) -> None:
         self._ranks = ranks
         self._number = number
+        self._n_settled = 0
 
     def confirm(self, call: Call, flags: int = 0) -> int:
         return self._ranks.confirm(call, flags, self._number)
@@ -607,8 +624,15 @@ class _OfStore(Agreement):
     def held(self) -> AbstractContextManager[None]:
         return self._ranks.held()
 
-    def atomic(self) -> AbstractContextManager[None]:
-        return self._ranks.atomic()
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        with self._ranks.atomic(self._number):
+            yield
+        self._n_settled += 1
+
+    @property
+    def n_settled(self) -> int:
+        return self._n_settled
 
     @property
     def ended(self) -> str:

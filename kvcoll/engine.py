@@ -287,6 +287,11 @@ class Engine:
             for entry in entries
         ]
 
+    def forget_windows(self, drafted: Iterable[Chunk]) -> None:
+        """Let go of windows that not all ranks have."""
+        for chunk in drafted:
+            self._windows.pop(chunk, None)
+
     def agree(self, push: Push, call: Call, values: list[list[Array]], *, plain: bool) -> int:
         """Return once all ranks make this push; see `push`.
 

@@ -106,6 +106,8 @@ class Standing:
     keys : list of int or str
     updater : str
         Of which kind.
+    n_changes : int
+        How many calls that change the store were settled, see `Agreement.atomic`.
     """
 
     steps: int
@@ -113,6 +115,7 @@ class Standing:
     is_whole: bool
     keys: Sequence[Key]
     updater: str
+    n_changes: int
 
 
 @dataclass(frozen=True)
@@ -374,9 +377,10 @@ def _level(
         )
     source = min(whole, key=lambda k: standings[k].steps)
     goal = standings[source]
-    if {one.updater for one in standings} != {goal.updater}:
+    if {(one.updater, one.n_changes) for one in standings} != {(goal.updater, goal.n_changes)}:
         raise NoWholeReplicaError(
-            "the ranks have different updaters, as one was lost while it was set: load a checkpoint"
+            "some ranks have loaded or set what others have not, as one was too late for it: load "
+            "a checkpoint"
         )
     if all(one.is_whole and (one.steps, one.keys) == (goal.steps, goal.keys) for one in standings):
         store.levelled(goal)

@@ -133,9 +133,16 @@ class Replica:
             self._n_bytes += entry.value.nbytes
 
     def drop(self, keys: Iterable[Key]) -> None:
-        """Leave keys out; the memory stays taken."""
+        """Leave keys out, as if those that came last had never been there."""
         for key in keys:
-            del self.entries[key]
+            entry = self.entries.pop(key)
+            self._n_bytes -= entry.value.nbytes
+            left = (e.stop for e in self.entries.values() if e.chunk is entry.chunk)
+            entry.chunk.used = max(left, default=0)
+
+    def close_chunks(self) -> None:
+        """Let keys to come lie in memory of their own: ranks may have taken more than others."""
+        self._open.clear()
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -46,7 +46,7 @@ from .launch import InLine, Launch
 from .outputs import checked_outputs, fill
 from .place import HOST
 from .recovery import Left, Recoverable, Standing
-from .replica import Entry, Replica
+from .replica import Chunk, Entry, Replica
 from .row_pull import row_sparse_pull
 from .schema import (
     Key,
@@ -1415,14 +1415,21 @@ KeyKindError, ArrayError
         self, name: str, key: Any, adopted: list[Array], value: Any = _NO_VALUE
     ) -> tuple[_Plan, list[Array]]:
         """Give the keys' own arrays; `adopted` gets what is to be copied into them."""
-        with self._checked(f"{name}()"):
-            plan = self._plan(key)
-            if value is not _NO_VALUE:
-                adopted += self._adoptable(plan, value)
-            call = Call(f"{name}{plan.push.call.name[4:]}", digest(name, plan.push.call.digest))
-            drafted = self._engine.draft_windows(plan.given)
-        self._agreement.confirm(call)
-        arrays: list[Any] = self._engine.open_windows(plan.given, drafted)
+        drafted: dict[Chunk, Array] = {}
+        try:
+            with self._agreement.atomic():
+                with self._checked(f"{name}()"):
+                    plan = self._plan(key)
+                    if value is not _NO_VALUE:
+                        adopted += self._adoptable(plan, value)
+                    told = digest(name, plan.push.call.digest)
+                    call = Call(f"{name}{plan.push.call.name[4:]}", told)
+                    drafted = self._engine.draft_windows(plan.given)
+                self._agreement.confirm(call)
+                arrays: list[Any] = self._engine.open_windows(plan.given, drafted)
+        except WaitEndedError:
+            self._engine.forget_windows(drafted)
+            raise
         if self._border is not None:
             arrays = self._border.shown(arrays)
         for entry, array in zip(plan.given, arrays, strict=True):
@@ -1653,8 +1660,8 @@ class Survivor(Recoverable):
         """Ask the engine."""
         store, engine = self.store, self.store._engine
         kind = store._updater.describe().split("(")[0]
-        keys = list(store._replica.entries)
-        return Standing(engine.steps, engine.version, engine.is_whole, keys, kind)
+        keys, n_changes = list(store._replica.entries), store._agreement.n_settled
+        return Standing(engine.steps, engine.version, engine.is_whole, keys, kind, n_changes)
 
     def told(self) -> str:
         """Ask the updater."""
@@ -1690,6 +1697,7 @@ class Survivor(Recoverable):
             store._checkpoints.move(transport.for_host, agreement)
             store._verifier.move(transport.for_host, agreement)
             store._version = store._engine.version
+            store._replica.close_chunks()
 
         return commit
 

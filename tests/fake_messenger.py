@@ -43,7 +43,7 @@ class FakeMessenger(Messenger):
 
     def __init__(self, boxes: Boxes, topology: Topology, *, settles: bool = False) -> None:
         self.topology = topology
-        self.settles = settles
+        self._settles = settles
         self.n_exchanges = 0
         self._boxes = boxes
 
@@ -67,9 +67,11 @@ class FakeMessenger(Messenger):
             self._boxes[rank, dest, "text"].put(text)
         return _Texts([self._boxes[source, rank, "text"] for source in range(size)])
 
-    def start_settling(self, came_through: bool) -> Settling | None:
-        if not self.settles:
-            return None
+    @property
+    def settles(self) -> bool:
+        return self._settles
+
+    def start_settling(self, came_through: bool) -> Settling:
         rank, size = self.topology.rank, self.topology.size
         for dest in range(size):
             self._boxes[rank, dest, "settle"].put(b"1" if came_through else b"0")

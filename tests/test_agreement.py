@@ -17,7 +17,15 @@ from fake_messenger import (
     together,
 )
 
-from kvcoll.agreement import AcrossRanks, Alone, Call, Report, name_ranks, verdict
+from kvcoll.agreement import (
+    _CAME_THROUGH,
+    AcrossRanks,
+    Alone,
+    Call,
+    Report,
+    name_ranks,
+    verdict,
+)
 from kvcoll.errors import (
     RankFailedError,
     RankLeftError,
@@ -320,21 +328,30 @@ def test_a_call_that_all_come_through_is_settled_and_its_errors_are_those_of_the
     assert together(ranks, act, settles=settles) == [0] * ranks
 
 
-@pytest.mark.parametrize("ends", [WaitEndedError, KeyboardInterrupt])
-def test_where_one_rank_does_not_come_through_none_does(ends: type[BaseException]) -> None:
+def test_where_one_rank_does_not_come_through_none_does() -> None:
     def act(rank: int, agreement: AcrossRanks) -> int:
-        try:
-            with agreement.atomic():
-                agreement.confirm(call("set(1)"))
-                if rank == 1:
-                    raise ends("cut short")
-        except KeyboardInterrupt as error:
-            raise ValueError from error  # which the thread's end would show
+        with agreement.atomic():
+            agreement.confirm(call("set(1)"))
+            if rank == 1:  # it hears of a loss before it hears that all have come so far
+                agreement.confirm(Call("the end of set(1)", _CAME_THROUGH))
+                raise WaitEndedError("cut short")
         return 1
 
-    told = [outcome[0] for outcome in together(3, act, settles=True) if isinstance(outcome, tuple)]
-    own = ValueError if ends is KeyboardInterrupt else WaitEndedError
-    assert told == [WaitEndedError, own, WaitEndedError]
+    told = together(3, act, settles=True)
+    other = (WaitEndedError, "another rank did not come through")
+    assert told == [other, (WaitEndedError, "cut short"), other]
+
+
+def test_one_that_leaves_in_the_midst_of_a_call_is_named_and_settles_nothing() -> None:
+    def act(rank: int, agreement: AcrossRanks) -> int:
+        with agreement.atomic():
+            agreement.confirm(call("set(1)"))
+            if rank == 1:
+                return leave(agreement, "Ctrl-C")
+        return 1
+
+    text = f"rank 1 left the store (Ctrl-C), while ranks 0, 2 called the end of set(1): {LEFT}"
+    assert together(3, act, settles=True) == [(RankLeftError, text)] * 3
 
 
 def test_a_signal_in_a_wait_for_files_is_raised_once_the_others_have_come() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import pytest
 from mpi_job import Job, why_no_ft
@@ -477,15 +478,44 @@ except NotSurvivableError as error:
     assert re.search("Traceback", job.stderr) is None
 
 
-# Calls that change a store, each with what shows that a rank has taken it, and how often the ranks
-# agree in it before the last time.
-CHANGES = {
-    "init": ("kv.init('new', np.ones(3, np.float32))", 0),
-    "set_updater": ("kv.set_updater(lambda key, given, stored: stored.__iadd__(given))", 0),
-    "set_optimizer": ("kv.set_optimizer('sgd', learning_rate=0.5)", 0),
-    "set_gradient_compression": ("kv.set_gradient_compression({'type': 'fp16'})", 0),
-    "load_optimizer_states": ("kv.load_optimizer_states(states)", 2),
-    "load": ("kv.load(run)", None),
+NEW: Final = "kv.init('new', np.ones(N, np.{}))"
+USE_NEW: Final = """
+kv.push(["new", "w"], [np.full(N, 10 * (rank + 1), np.float32), gradients(kv)[0]])
+same_bits(kv, ["new"], check)
+kv.save_optimizer_states(states)
+kv.load_optimizer_states(states)
+"""
+USE_OWN: Final = """
+own[:] = rank + 1
+kv.push("w", own)
+"""
+# Calls that change a store: where they are cut, after how many calls of that (None: at the last but
+# one), and what is done once they have come through.
+CHANGES: Final = {
+    "init": (NEW.format("float32"), "AcrossRanks.confirm", 0, USE_NEW),
+    "init of another dtype": (NEW.format("float64"), "Sums.window", 0, USE_NEW),
+    "set_updater": (
+        "kv.set_updater(lambda key, given, stored: stored.__iadd__(given))",
+        "AcrossRanks.confirm",
+        0,
+        "",
+    ),
+    "set_optimizer": (
+        "kv.set_optimizer('sgd', learning_rate=0.5)",
+        "AcrossRanks.confirm",
+        0,
+        "",
+    ),
+    "set_gradient_compression": (
+        "kv.set_gradient_compression({'type': 'fp16'})",
+        "AcrossRanks.confirm",
+        0,
+        "",
+    ),
+    "load_optimizer_states": ("kv.load_optimizer_states(states)", "AcrossRanks.confirm", 2, ""),
+    "load": ("kv.load(run)", "AcrossRanks.confirm", None, ""),
+    "empty": ("own = kv.empty('w')", "Sums.window", 0, USE_OWN),
+    "adopt": ("own = kv.adopt('w', np.ones(N, np.float32))", "Sums.window", 0, USE_OWN),
 }
 
 
@@ -493,7 +523,7 @@ CHANGES = {
 def test_a_call_that_changes_a_store_is_done_by_all_survivors_or_by_none(
     mpirun: RunJob, tmp_path: Path, change: str
 ) -> None:
-    call, n_before = CHANGES[change]
+    call, where, n_before, after = CHANGES[change]
     said = run(
         mpirun,
         tmp_path,
@@ -503,34 +533,34 @@ from kvcoll.agreement import AcrossRanks
 
 states, run = {str(tmp_path / "states")!r}, {str(tmp_path / "run")!r}
 kv, check = stores(optimizer="adam", elastic=True)
+Sums = type(kv._sums)
 kv.push(["w", "v"], gradients(kv))
 kv.save_optimizer_states(states)
 kv.save(run)
 kv.push(["w", "v"], gradients(kv))
 
-whole, n_left, has_begun = AcrossRanks.confirm, 10**9, False
+whole, n_left, has_begun = {where}, 10**9, False
 
-def confirm(self, *given):
-    # Rank 1 is killed once all have agreed; rank 2 hears of that before it hears of the rest.
+def cut(self, *given, **more):
+    # Rank 1 is killed once all have come so far; rank 2 hears of that before it hears of the rest.
     global n_left, has_begun
-    result = whole(self, *given)
+    result = whole(self, *given, **more)
     n_left -= has_begun
     if n_left < 0 and rank == 1:
         die()
     if n_left < 0 and rank == 2:
         while True:
-            self._alarm.check()
+            kv._agreement._ranks._alarm.check()
             time.sleep(1e-3)
     return result
 
-AcrossRanks.confirm = confirm
+{where} = cut
 has_begun = True
-if {n_before is None}:
+n_before = {n_before}
+if n_before is None:
     {call}
-    n_before = 10**9 - n_left - 1
+    n_before = 10**9 - n_left - 2  # the last one settles the call
     kv.push(["w", "v"], gradients(kv))
-else:
-    n_before = {n_before}
 n_left = n_before
 try:
     {call}
@@ -542,6 +572,7 @@ kv.recover()
 version = kv.version
 {call}
 assert kv.version <= version
+{after}
 for _ in range(2):
     kv.push(["w", "v"], gradients(kv))
 same_bits(kv, ["w", "v"], check)
@@ -550,6 +581,69 @@ say("well", rank)
 """,
     )
     assert said == ["well 0", "well 2"]
+
+
+def test_what_one_rank_has_changed_alone_as_it_was_too_late_is_found(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        2,
+        """
+from kvcoll.agreement import AcrossRanks
+
+watchdog = kvcoll.Watchdog(floor_s=0.2, ceiling_s=0.5, limit_s=1.0)
+kv, check = stores(optimizer="sgd", elastic=True, watchdog=watchdog)
+whole, told = AcrossRanks._settle, None
+
+def late(self, **given):
+    time.sleep(7.0 * rank)  # longer than the limit, and than a rank waits afterwards
+    return whole(self, **given)
+
+AcrossRanks._settle = late
+try:
+    kv.set_optimizer("sgd", learning_rate=0.5)
+except LateRankError:
+    told = "late"
+AcrossRanks._settle = whole
+try:
+    kv.recover()
+except NoWholeReplicaError as error:
+    assert "some ranks have loaded or set what others have not" in str(error)
+    say("found", rank, told)
+""",
+    )
+    assert said == ["found 0 late", "found 1 None"]
+
+
+def test_a_rank_that_leaves_in_the_midst_of_such_a_call_is_named(
+    mpirun: RunJob, tmp_path: Path
+) -> None:
+    said = run(
+        mpirun,
+        tmp_path,
+        3,
+        f"""
+from kvcoll import states
+
+path = {str(tmp_path / "states")!r}
+kv, check = stores(optimizer="sgd")
+kv.save_optimizer_states(path)
+
+def ends(*given):
+    sys.exit(0)  # as a signal's handler may
+
+states.read = ends
+try:
+    with kv:
+        kv.load_optimizer_states(path)
+except RankLeftError as error:
+    assert "rank 0 left the store" in str(error)
+    say("told", rank)
+""",
+    )
+    assert said == ["told 1", "told 2"]
 
 
 @pytest.mark.parametrize("name", ["dist_sync", "dist_async"])

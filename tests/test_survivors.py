@@ -18,7 +18,7 @@ import pytest
 from kvcoll import exiting
 from kvcoll.errors import BrokenMPIError
 from kvcoll.topology import Topology
-from kvcoll.transport import lifeline
+from kvcoll.transport import ancestors, lifeline
 from kvcoll.transport.ancestors import launcher
 from kvcoll.transport.contract import Window
 from kvcoll.transport.survivors import check_collectives
@@ -88,9 +88,12 @@ import os, signal, sys, time
 from kvcoll.transport import ancestors
 
 ancestors.guard(0.2)
+print("guarded", flush=True)
 how = sys.argv[1]
 if how == "leaves":
     ancestors.leave()
+elif how == "becomes another program":
+    os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)"])
 elif how == "has a child" and os.fork() == 0:
     time.sleep(60)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -98,10 +101,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.single
-@pytest.mark.parametrize("how", ["is killed", "has a child", "leaves"])
-@pytest.mark.parametrize("name", ["prterun", "prted"])
+@pytest.mark.parametrize(
+    ("name", "how", "is_ended"),
+    [
+        ("prterun", "is killed", True),
+        ("prterun", "has a child", True),
+        ("prterun", "leaves", False),
+        ("prterun", "becomes another program", False),
+        ("prted", "is killed", False),
+    ],
+)
 def test_a_launcher_that_outlives_a_killed_rank_is_ended(
-    tmp_path: Path, name: str, how: str
+    tmp_path: Path, name: str, how: str, *, is_ended: bool
 ) -> None:
     launcher = tmp_path / name
     shutil.copy("/bin/sh", launcher)
@@ -109,11 +120,13 @@ def test_a_launcher_that_outlives_a_killed_rank_is_ended(
     process = subprocess.Popen(
         [launcher, "-c", starts_and_hangs, "sh", sys.executable, "-c", GUARDED, how],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    is_ended = name == "prterun" and how != "leaves"
     try:
-        code = process.wait(30 if is_ended else 2)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"guarded\n"
+        code = process.wait(30 if is_ended else 3)
     except subprocess.TimeoutExpired:
         code = None
     finally:
@@ -121,6 +134,20 @@ def test_a_launcher_that_outlives_a_killed_rank_is_ended(
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert code == (-signal.SIGTERM if is_ended else None)
+
+
+@pytest.mark.single
+def test_where_no_process_can_be_started_the_launcher_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_more(*_: object, **__: object) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(subprocess, "Popen", no_more)
+    monkeypatch.setattr(ancestors, "launcher", lambda _: (7, "prterun"))
+    ancestors.guard()
+    ancestors.see_it_end()
+    ancestors.leave()
 
 
 @pytest.mark.single

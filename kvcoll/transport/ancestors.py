@@ -19,17 +19,20 @@ from typing import Final
 _OF_ONE_JOB: Final = ("prterun", "mpirun", "mpiexec", "orterun", "mpiexec.hydra")
 _LAUNCHERS: Final = (*_OF_ONE_JOB, "prted", "orted", "hydra_pmi_proxy", "hydra_bstrap_pr")
 _SOON_S: Final = 2.0
-_LATER_S: Final = 8.0  # by when a launcher has ended that can
+_LATER_S: Final = 7.0  # by when a launcher has ended that can
 _BYE: Final = b"bye"
 _ENDING: Final = """
 alive() { [ "$(cat /proc/$1/comm 2>/dev/null)" = "$2" ] && kill -s "$3" "$1" 2>/dev/null; }
 sleep "$3"
 alive "$1" "$2" TERM && sleep 1 && alive "$1" "$2" TERM && sleep 1 && alive "$1" "$2" KILL
 """
-# The other end of what it reads from closes with the process that holds it, however that ends.
+# The other end of what it reads from closes with the process that holds it, however that ends; or
+# as that becomes another program (exec), which is let be.
 _GUARDING: Final = f"""
 read -r word
 [ "$word" = {_BYE.decode()} ] && exit
+sleep 1
+grep -qs '^State:[[:space:]]*[^Z[:space:]]' "/proc/$4/status" && exit
 {_ENDING}"""
 
 _guard: subprocess.Popen[bytes] | None = None
@@ -96,15 +99,21 @@ def leave() -> None:
     _guard = None
 
 
-def _start(script: str, pid: int, name: str, after_s: float, stdin: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        ["/bin/sh", "-c", script, "sh", str(pid), name, str(after_s)],
-        bufsize=0,
-        stdin=stdin,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def _start(
+    script: str, pid: int, name: str, after_s: float, stdin: int
+) -> subprocess.Popen[bytes] | None:
+    """Start a shell; None where there can be no more processes: the launcher is left alone."""
+    try:
+        return subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", str(pid), name, str(after_s), str(os.getpid())],
+            bufsize=0,
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        return None
 
 
 def _forget() -> None:

@@ -242,13 +242,17 @@ class Messenger(ABC):
     def start_all_gather(self, text: bytes) -> Pending:
         """Begin to send a text of any length to every rank and receive theirs."""
 
-    def start_settling(self, came_through: bool) -> Settling | None:
-        """Begin to learn whether all ranks came through; called by all that may have.
+    @property
+    @abstractmethod
+    def settles(self) -> bool:
+        """Whether calls need be settled: a loss does not end the job."""
 
-        All that are left learn the same, whoever is lost meanwhile. None where there is nothing
-        to learn: a loss ends the job.
+    @abstractmethod
+    def start_settling(self, came_through: bool) -> Settling:
+        """Begin to learn whether all ranks came through; where it `settles`, by all that may have.
+
+        All that are left learn the same, whoever is lost meanwhile.
         """
-        return None
 
 
 class Settling(ABC):

@@ -607,10 +607,13 @@ class MpiMessenger(Messenger):
         with self._losses:
             return _Texts(self._comm, self.topology, text, self._losses)
 
-    def start_settling(self, came_through: bool) -> Settling | None:
-        """Begin MPI_Comm_iagree, some 200 microseconds, where a loss is survived."""
-        if self._settling is None:
-            return None
+    @property
+    def settles(self) -> bool:
+        """Whether a communicator is there for it."""
+        return self._settling is not None
+
+    def start_settling(self, came_through: bool) -> Settling:
+        """Begin MPI_Comm_iagree, some 200 microseconds."""
         return survivors.Agreed(self._mpi, self._settling, self._losses, came_through)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LIMIT_CODE: Final = 87
 _FORCED_S: Final = 3.0  # what MPI_Abort has to end the job
 _OK: Final = 1
-_THROUGH_S: Final = 10.0
+_THROUGH_S: Final = 3.0
 _ENDED_S: Final = 1.0
 _N_CHECKED: Final = 1000  # so many that a collective goes its usual way
 
@@ -84,8 +84,9 @@ def agree(mpi: Any, comm: MPI.Intracomm, bits: int) -> int | None:
 class Agreed(Settling):
     """Whether all ranks came through a call: the same for all that are left (MPI_Comm_iagree).
 
-    Once the alarm has sounded it is waited for a while only: for long where this rank
-    came through, as all others are near then; else some may never have come to the call.
+    Once the alarm has sounded it is waited for a while only: longer where this rank came
+    through, as all others are near then; else some may never have come to the call. A rank
+    that came through, and gives up, may be the only one that does: `recover` finds that.
 
     Parameters
     ----------
