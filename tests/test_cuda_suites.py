@@ -1,0 +1,67 @@
+"""The tests that scripts/gpu_check.sh runs on real GPUs pass on a CuPy whose GPUs are the host.
+
+So what they find on a machine with GPUs is its GPUs', and not their own way of asking for them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fake_cupy
+import pytest
+from host_kernel import needs_compiler
+from mpi_job import Job, clean_environment
+
+pytestmark = [pytest.mark.jobs, pytest.mark.long, needs_compiler]
+
+TESTS = Path(__file__).parent
+AS_REAL = {"KVCOLL_TEST_GPUS": "real"}
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fake_cupy", "-m", "not long")
+
+
+def files(*names: str) -> list[str]:
+    return [str(TESTS / f"test_{name}.py") for name in names]
+
+
+@pytest.mark.limit(200)
+def test_stores_of_one_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *PYTEST, *files("gpu_store", "gpu_place", "gpu_torch", "gpu_bench")],
+        env=clean_environment() | AS_REAL | fake_cupy.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_the_readmes_command_trains_on_gpus(mpirun: Callable[..., Job], tmp_path: Path) -> None:
+    for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
+        pytest.importorskip(package, reason="scripts/train.py needs the extra train")
+    own = fake_cupy.environment(tmp_path)
+    script, losses = TESTS.parent / "scripts" / "train.py", []
+    for store in ("dist_sync", "dist_device_sync"):
+        told = tmp_path / f"{store}.json"
+        options = ("--epochs", "3", "--target-accuracy", "0", "--json", told)
+        job = mpirun(2, script, "--kv-store", store, *options, env=own)
+        assert job.returncode == 0, job.stdout + job.stderr
+        assert f"store     {store}, 2 ranks on 1 host" in job.stdout
+        assert "replicas: 2 of 2 the same bits (blake2b " in job.stdout
+        losses.append([epoch["loss"] for epoch in json.loads(told.read_text())["epochs"]])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.limit(200)
+def test_stores_over_ranks(mpirun: Callable[..., Job], tmp_path: Path) -> None:
+    own = AS_REAL | fake_cupy.environment(tmp_path)
+    suites = files("gpu_ranks", "gpu_hosts", "nccl_transport")
+    job = mpirun(2, *PYTEST, *suites, env=own, timeout_s=180)
+    assert (job.returncode, job.timed_out) == (0, False), job.stdout[-4000:] + job.stderr[-2000:]
+    assert " passed" in job.stdout
