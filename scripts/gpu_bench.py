@@ -403,7 +403,11 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
     parser.add_argument(
         "--ranks", action="store_true", help="under mpirun: measure pushes over all ranks' GPUs"
     )
-    parser.add_argument("--quick", action="store_true", help="arrays of 16 MB, fewer rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="arrays of 16 MB, which a GPU's cache holds, fewer rounds",
+    )
     args = parser.parse_args(arguments)
     if sizes is None:
         sizes = Sizes(4 << 20, rounds=5, sums=(1000, 4 << 20)) if args.quick else Sizes()
