@@ -16,17 +16,21 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from dlpack_object import CUDA, Foreign
 from host_kernel import library_of
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from kvcoll import on_gpus
+from kvcoll.cuda import find
 from kvcoll.errors import DeviceError
 
 Place: TypeAlias = "tuple[int, int]"  # of a stream: its device, and its handle
@@ -722,6 +726,26 @@ def install(n_devices: int = 2) -> World:
     world = World(n_devices, Path(folder) if folder else None)
     sys.modules.update(cupy_of(world))
     return world
+
+
+@contextmanager
+def shown(n_devices: int = 2) -> Iterator[World]:
+    """Let this process see such GPUs in the block; at its end no communicator may be open."""
+    world = World(n_devices)
+    with pytest.MonkeyPatch.context() as patched:
+        for name, module in cupy_of(world).items():
+            patched.setitem(sys.modules, name, module)
+        forget()
+        yield world
+        on_gpus.end_own()
+        assert not world.opened
+    forget()
+
+
+def forget() -> None:
+    """Let the next store look for GPUs once more."""
+    find.find_gpus.cache_clear()
+    find._nccl.cache_clear()
 
 
 def environment(folder: Path) -> dict[str, str]:

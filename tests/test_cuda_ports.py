@@ -16,12 +16,21 @@ import numpy.typing as npt
 import pytest
 from arrays_of import f32
 from dlpack_object import CUDA, Foreign
-from fake_cupy import Device, Event, NcclError, Place, Stream, World, check, cupy_of
+from fake_cupy import (
+    Device,
+    Event,
+    NcclError,
+    Place,
+    Stream,
+    World,
+    check,
+    forget,
+    shown,
+)
 from host_kernel import library_of, needs_compiler
 from mpi_job import clean_environment
 
 import kvcoll
-from kvcoll import on_gpus
 from kvcoll.arrays import as_array, as_output
 from kvcoll.cuda import find
 from kvcoll.cuda.nccl import CupyNccl
@@ -36,24 +45,13 @@ from kvcoll.errors import (
 pytestmark = [pytest.mark.single, needs_compiler]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+ON_GPU_1: dict[str, Any] = {"knows_versions": True, "device": CUDA, "number": 1}
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """Give two GPUs that CuPy shows."""
-    made = World(2)
-    for name, module in cupy_of(made).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    _forget()
-    yield made
-    on_gpus.end_own()
-    assert not made.opened
-    _forget()
-
-
-def _forget() -> None:
-    find.find_gpus.cache_clear()
-    find._nccl.cache_clear()
+def world() -> Iterator[World]:
+    with shown(2) as made:
+        yield made
 
 
 @final
@@ -186,7 +184,7 @@ def test_an_nccl_that_is_too_old_is_named_where_there_are_several_gpus(
 def test_a_cupy_that_is_missing_and_one_that_is_broken_are_told_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, code: str | None, text: str
 ) -> None:
-    _forget()
+    forget()
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     if code is None:
         monkeypatch.setitem(sys.modules, "cupy", None)
@@ -317,6 +315,24 @@ def test_values_that_are_not_contiguous_are_copied_on_their_gpu(
     assert world.n_host_waits == 0
     with pytest.raises(ArrayError, match=r"float32\[3, 2\] on GPU .> is not contiguous"):
         kv.pull("w", out=tensor)
+
+
+def test_a_copy_on_another_gpu_is_in_the_order_of_the_stores_work(world: World) -> None:
+    cupy = sys.modules["cupy"]
+    kv = kvcoll.create("device")
+    kv.init("w", on_gpu(world, np.zeros((2, 3), np.float32)))
+    stream = kv._border.place.stream  # type: ignore[union-attr]
+    own = stream.device, stream.handle
+    array = on_gpu(world, np.arange(12, dtype=np.float32).reshape(2, 6), 1)
+    for value in (array[:, ::2], Foreign(array[:, 1::2].numbers, **ON_GPU_1)):
+        n_done, before = len(world.done), world.tick(own)
+        kv.push("w", value)
+        (there, packed), *others = world.done[n_done:]
+        assert there[0] == 1
+        assert packed[own] == before  # which may have read the same memory until then
+        here = next(clock for stream, clock in others if stream == own)
+        assert here[there] == packed[there]
+    np.testing.assert_array_equal(cupy.asnumpy(kv.pull("w")), [[1, 3, 5], [7, 9, 11]])
 
 
 def test_what_cannot_be_read_or_written_is_named(world: World) -> None:

@@ -58,6 +58,27 @@ def test_the_readmes_command_trains_on_gpus(mpirun: Callable[..., Job], tmp_path
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_ranks_that_leave_stores_open_close_their_communicators(
+    mpirun: Callable[..., Job], tmp_path: Path
+) -> None:
+    code = """
+import atexit
+opened = []
+atexit.register(lambda: print([one.how for one in opened], len(world.opened)))  # after kvcoll's
+import fake_cupy
+world = fake_cupy.install()
+import kvcoll, numpy as np
+kv = kvcoll.create("dist_device_sync")
+kv.init("w", np.zeros(100_000, np.float32))
+kv.push("w", np.full(100_000, kv.rank + 1, np.float32))
+opened += world.opened
+print((kv.pull("w").get() == 3).all())
+"""
+    job = mpirun(2, "-c", code, env=fake_cupy.environment(tmp_path))
+    assert job.returncode == 0, job
+    assert job.stdout.splitlines() == ["True", "['destroyed'] 0"] * 2
+
+
 @pytest.mark.limit(200)
 def test_stores_over_ranks(mpirun: Callable[..., Job], tmp_path: Path) -> None:
     own = AS_REAL | fake_cupy.environment(tmp_path)
