@@ -38,6 +38,8 @@ _kvcoll_choose() {
     esac
     kvcoll_venv=${KVCOLL_VENV:-$kvcoll_venv}
     [[ $kvcoll_venv == /* ]] || kvcoll_venv=$PWD/$kvcoll_venv
+    # A link's own name would be another environment's: it would be emptied, and made anew.
+    [ ! -d "$kvcoll_venv" ] || kvcoll_venv=$(cd "$kvcoll_venv" && pwd -P)
 }
 
 # Two lines: what the environment is (another one is made anew) and what was installed into it.
@@ -45,7 +47,7 @@ _kvcoll_stamp() {
     local version
     version=$("$1" -c 'import sys; print(sys.version_info[:3], sys.base_prefix)') || return
     printf '%s %s %s\n' "$kvcoll_mpi" "$kvcoll_venv" "$version"
-    cat "$kvcoll_root/setup.cfg" "$kvcoll_root/pyproject.toml" | sha256sum
+    { echo "$kvcoll_root" && cat "$kvcoll_root/setup.cfg" "$kvcoll_root/pyproject.toml"; } | sha256sum
 }
 
 _kvcoll_check_python() {

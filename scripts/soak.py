@@ -36,7 +36,9 @@ from soak_world import CHECKOUT, Ended, World, world
 _JOB: Final = CHECKOUT / "scripts" / "soak_job.py"
 _LIMIT_S: Final = 60.0
 _CUT_LIMIT_S: Final = 30.0
+_STACKS_AT: Final = 0.8  # of its limit a rank shows where it is
 _SHOWN_LINES: Final = 40
+_SHOWN_LINES_OF_HUNG: Final = 400
 
 
 def main() -> int:
@@ -96,7 +98,8 @@ def run_round(
         outcome = f"done after {max((r['errors'] for r in reports), key=len)[0]}"
     if problem:
         outcome = f"FAILED: {problem}"
-        print("\n".join(job.output.splitlines()[-_SHOWN_LINES:]))
+        shown = _SHOWN_LINES_OF_HUNG if job.hung else _SHOWN_LINES
+        print("\n".join(job.output.splitlines()[-shown:]))
         print(f"round {number} is kept in {folder}; --seed {args.seed} --first {number} --rounds 1")
     else:
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,10 +135,10 @@ def resume(where: World, round_: Round, expected: str) -> tuple[Ended, str]:
 def run_job(where: World, round_: Round, launch: int) -> tuple[Ended, list[dict[str, Any]]]:
     """Run a job of a round; give what became of it, and what its ranks have seen."""
     folder = Path(round_.settings.folder)
+    limit_s = _CUT_LIMIT_S if "cut=" in round_.faults else _LIMIT_S
     described = {"settings": asdict(round_.settings), "launch": launch, "resumes": launch > 0}
     file = folder / f"round-{launch}.json"
-    file.write_text(json.dumps(described))
-    limit_s = _CUT_LIMIT_S if "cut=" in round_.faults else _LIMIT_S
+    file.write_text(json.dumps(described | {"stacks_after_s": _STACKS_AT * limit_s}))
     job = where.run(_JOB, file, limit_s=limit_s, faults=round_.faults, survives=round_.survives)
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{launch}-*.json"))]
     return job, reports

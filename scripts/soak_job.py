@@ -10,6 +10,7 @@ late on the way. What a rank has seen it writes to a file of its own, as ranks s
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -223,6 +224,7 @@ def main() -> int:
     described = json.loads(Path(sys.argv[1]).read_text())
     settings, launch = Settings(**described["settings"]), described["launch"]
     report, kv = Report(), None
+    faulthandler.dump_traceback_later(described["stacks_after_s"])
     try:
         kv = kvcoll.create(settings.name, **settings.options)
         place = Path(settings.folder) / f"{launch}-{kv.rank}.json"

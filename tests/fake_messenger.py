@@ -11,10 +11,10 @@ from queue import Empty, SimpleQueue
 from typing import Final, TypeAlias, TypeVar, final
 
 from kvcoll.agreement import AcrossRanks, Agreement, Call
-from kvcoll.errors import KVCollError
+from kvcoll.errors import KVCollError, WaitEndedError
 from kvcoll.schema import digest
 from kvcoll.topology import Topology
-from kvcoll.transport.contract import Messenger, Pending
+from kvcoll.transport.contract import Messenger, Pending, Settling
 
 T = TypeVar("T")
 Outcome: TypeAlias = "tuple[type[BaseException], str] | int"
@@ -25,22 +25,25 @@ LIMIT_S: Final = 10.0
 Boxes: TypeAlias = "defaultdict[tuple[int, int, str], SimpleQueue[bytes]]"
 
 
-def fake_messengers(size: int) -> list[FakeMessenger]:
-    """Make one messenger a rank, all on one set of boxes."""
+def fake_messengers(size: int, *, settles: bool = False) -> list[FakeMessenger]:
+    """Make one messenger a rank, all on one set of boxes; `settles` where losses end no job."""
     boxes: Boxes = defaultdict(SimpleQueue)
     for dest in range(size):
         for source in range(size):
-            for kind in ("agree", "text"):
+            for kind in ("agree", "text", "settle"):
                 boxes[source, dest, kind]  # made now: threads then only look them up
-    return [FakeMessenger(boxes, Topology(rank, (0,) * size)) for rank in range(size)]
+    return [
+        FakeMessenger(boxes, Topology(rank, (0,) * size), settles=settles) for rank in range(size)
+    ]
 
 
 @final
 class FakeMessenger(Messenger):
     """Messages are put in a box for each pair of ranks, as MPI keeps their order."""
 
-    def __init__(self, boxes: Boxes, topology: Topology) -> None:
+    def __init__(self, boxes: Boxes, topology: Topology, *, settles: bool = False) -> None:
         self.topology = topology
+        self.settles = settles
         self.n_exchanges = 0
         self._boxes = boxes
 
@@ -63,6 +66,14 @@ class FakeMessenger(Messenger):
         for dest in range(size):
             self._boxes[rank, dest, "text"].put(text)
         return _Texts([self._boxes[source, rank, "text"] for source in range(size)])
+
+    def start_settling(self, came_through: bool) -> Settling | None:
+        if not self.settles:
+            return None
+        rank, size = self.topology.rank, self.topology.size
+        for dest in range(size):
+            self._boxes[rank, dest, "settle"].put(b"1" if came_through else b"0")
+        return _Settled(_Texts([self._boxes[source, rank, "settle"] for source in range(size)]))
 
 
 @final
@@ -98,6 +109,22 @@ class _Texts(Pending):
 
     def texts(self) -> list[bytes]:
         return self._got
+
+
+@final
+class _Settled(Settling):
+    def __init__(self, votes: _Texts) -> None:
+        self._votes = votes
+
+    def done(self) -> bool:
+        return self._votes.done()
+
+    def check(self) -> None:
+        if b"0" in self._votes.texts():
+            raise WaitEndedError("another rank did not come through")
+
+    def give_up(self) -> None:
+        pass
 
 
 def call(name: str, *items: str) -> Call:
@@ -145,9 +172,11 @@ def on_all(acts: list[Callable[[], int]]) -> list[Outcome]:
     return [outcomes[rank] for rank in range(len(acts))]
 
 
-def together(ranks: int, act: Callable[[int, AcrossRanks], int]) -> list[Outcome]:
+def together(
+    ranks: int, act: Callable[[int, AcrossRanks], int], *, settles: bool = False
+) -> list[Outcome]:
     """Let each rank act with an agreement of its own; give what came of it, by rank."""
-    agreements = [AcrossRanks(messenger) for messenger in fake_messengers(ranks)]
+    agreements = [AcrossRanks(messenger) for messenger in fake_messengers(ranks, settles=settles)]
     return on_all([partial(act, rank, agreement) for rank, agreement in enumerate(agreements)])
 
 

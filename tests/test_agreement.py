@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -20,7 +23,9 @@ from kvcoll.errors import (
     RankLeftError,
     RanksDisagreeError,
     ShapeMismatchError,
+    WaitEndedError,
 )
+from kvcoll.schema import digest
 
 pytestmark = pytest.mark.single
 sizes = pytest.mark.parametrize("ranks", range(1, 10))
@@ -291,3 +296,79 @@ def test_a_digest_that_looks_like_a_word_of_the_agreement_is_none() -> None:
             return agreement.confirm(Call("push(1)", low))
 
         assert together(3, act) == [0, 0, 0]
+
+
+@sizes
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_call_that_all_come_through_is_settled_and_its_errors_are_those_of_the_agreement(
+    ranks: int, settles: bool
+) -> None:
+    def act(rank: int, agreement: AcrossRanks) -> int:
+        for shape in ("all alike", f"that of {rank}", "refused"):
+            try:
+                with agreement.atomic():
+                    if shape == "refused" and rank == ranks - 1:
+                        agreement.refuse("set()", ValueError("wrong"))
+                    agreement.confirm(call(f"set({shape})"))
+            except (RanksDisagreeError, ValueError) as error:
+                told = error
+            else:
+                assert ranks == 1 or shape == "all alike"
+        assert str(told).endswith("wrong")
+        return agreement.confirm(call("push(1)"))
+
+    assert together(ranks, act, settles=settles) == [0] * ranks
+
+
+@pytest.mark.parametrize("ends", [WaitEndedError, KeyboardInterrupt])
+def test_where_one_rank_does_not_come_through_none_does(ends: type[BaseException]) -> None:
+    def act(rank: int, agreement: AcrossRanks) -> int:
+        try:
+            with agreement.atomic():
+                agreement.confirm(call("set(1)"))
+                if rank == 1:
+                    raise ends("cut short")
+        except KeyboardInterrupt as error:
+            raise ValueError from error  # which the thread's end would show
+        return 1
+
+    told = [outcome[0] for outcome in together(3, act, settles=True) if isinstance(outcome, tuple)]
+    own = ValueError if ends is KeyboardInterrupt else WaitEndedError
+    assert told == [WaitEndedError, own, WaitEndedError]
+
+
+def test_a_signal_in_a_wait_for_files_is_raised_once_the_others_have_come() -> None:
+    class Interrupted(Exception):  # noqa: N818 - as a program's own, which is no error
+        pass
+
+    def interrupt(*_: object) -> None:
+        signals.append(time.monotonic())
+        raise Interrupted
+
+    signals: list[float] = []
+    came: list[float] = []
+    agreements = [AcrossRanks(messenger) for messenger in fake_messengers(2)]
+    of_files = Call("a step", digest("a step"), is_of_files=True)
+
+    def late() -> None:
+        while not signals:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        came.append(time.monotonic())
+        agreements[1].confirm(of_files)
+        agreements[1].confirm(call("push(1)"))
+
+    other = threading.Thread(target=late)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        other.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Interrupted):
+            agreements[0].confirm(of_files)
+        assert came  # not before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert agreements[0].confirm(call("push(1)")) == 0  # the ranks are in step
+    other.join(10)
+    assert not other.is_alive()

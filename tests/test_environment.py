@@ -12,7 +12,7 @@ from mpi_job import clean_environment
 
 pytestmark = pytest.mark.single
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "source scripts/environment.sh && "
 BINDING = "PRTE_MCA_hwloc_default_binding_policy"
 
@@ -23,7 +23,7 @@ def made(folder: Path, mpi: str) -> Path:
     (folder / "bin/python").symlink_to(sys.executable)
     settings = b"".join((ROOT / name).read_bytes() for name in ("setup.cfg", "pyproject.toml"))
     version = f"{sys.version_info[:3]} {sys.base_prefix}"
-    digest = hashlib.sha256(settings).hexdigest()
+    digest = hashlib.sha256(f"{ROOT}\n".encode() + settings).hexdigest()
     (folder / "kvcoll-stamp").write_text(f"{mpi} {folder} {version}\n{digest}  -\n")
     return folder
 
@@ -45,6 +45,14 @@ def test_the_environment_that_was_sourced_last_comes_first(tmp_path: Path) -> No
     second = f"KVCOLL_VENV={other} KVCOLL_MPI=mpich; {SOURCE}"
     assert said_by(f"{first}{second}command -v python") == f"{other}/bin/python"
     assert said_by(f"{first}{second}{first}command -v python") == f"{one}/bin/python"
+
+
+def test_an_environment_is_the_same_by_a_link_to_it(tmp_path: Path) -> None:
+    venv, link = made(tmp_path / "venv", "openmpi"), tmp_path / "link"
+    link.symlink_to(venv)
+    variables = {"KVCOLL_VENV": str(link), "KVCOLL_MPI": "openmpi"}
+    assert said_by(f"{SOURCE}command -v python", **variables) == f"{venv}/bin/python"
+    assert (venv / "kvcoll-stamp").exists()
 
 
 def test_mpirun_by_hand_binds_no_rank_to_a_core_unless_it_is_told_to(tmp_path: Path) -> None:
