@@ -6,6 +6,7 @@ So what they find on a machine with GPUs is its GPUs', and not their own way of 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,12 @@ def files(*names: str) -> list[str]:
     return [str(TESTS / f"test_{name}.py") for name in names]
 
 
+def passed(said: str) -> int:
+    """Give how many tests have passed: those that skip show nothing."""
+    found = re.search(r"(\d+) passed", said)
+    return int(found[1]) if found else 0
+
+
 @pytest.mark.limit(200)
 def test_stores_of_one_process(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -38,7 +45,7 @@ def test_stores_of_one_process(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert passed(done.stdout) > 70
 
 
 def test_the_readmes_command_trains_on_gpus(mpirun: Callable[..., Job], tmp_path: Path) -> None:
@@ -85,4 +92,4 @@ def test_stores_over_ranks(mpirun: Callable[..., Job], tmp_path: Path) -> None:
     suites = files("gpu_ranks", "gpu_hosts", "nccl_transport")
     job = mpirun(2, *PYTEST, *suites, env=own, timeout_s=180)
     assert (job.returncode, job.timed_out) == (0, False), job.stdout[-4000:] + job.stderr[-2000:]
-    assert " passed" in job.stdout
+    assert passed(job.stdout) > 60

@@ -62,7 +62,7 @@ def test_every_bar_of_the_project_is_measured_and_written(
     # What must be read and written: 4 and the sum; value and state twice, the gradient once.
     assert (n_bytes["sum of 4"], n_bytes["SGD with momentum"], n_bytes["Adam"]) == (5, 5, 7)
     resnet = next(row for row in told["rows"] if "ResNet-50" in row["name"])
-    assert "2.0 launches a bucket" in resnet["value"]
+    assert "2 launches for 1 bucket(s)" in resnet["value"]
     said = capsys.readouterr().out
     assert all(name in said for name in names)
     assert told["about"]["gpus"]
