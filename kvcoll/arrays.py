@@ -107,7 +107,7 @@ def as_output(out: object) -> tuple[Array, Array | None]:
         host = out if type(out) is np.ndarray else out.view(np.ndarray)
     elif isinstance(out, SupportsDLPack):
         if out.__dlpack_device__()[0] in _CUDA_DEVICES:
-            device = import_cupy().from_dlpack(out)
+            device = _by_cupy(out)
             return np.empty(device.shape, device.dtype), device
         host = _from_dlpack(out)
         if not host.flags.writeable and not dlpack.is_read_only(out):
@@ -124,17 +124,18 @@ def fill_device(device: Array, host: Array) -> None:
     device[...] = import_cupy().asarray(host)
 
 
-def is_on_cuda(value: object) -> bool:
-    """Say whether a value is an array in the memory of a GPU."""
+def gpu_of(value: object) -> int | None:
+    """Give the number of the GPU in whose memory an array lies; None for all else."""
     if isinstance(value, np.ndarray) or not isinstance(value, SupportsDLPack):
-        return False
-    return value.__dlpack_device__()[0] in _CUDA_DEVICES
+        return None
+    kind, number = value.__dlpack_device__()
+    return number if kind in _CUDA_DEVICES else None
 
 
 def _from_dlpack(value: SupportsDLPack) -> Array:
     kind = value.__dlpack_device__()[0]
     if kind in _CUDA_DEVICES:
-        host: Array = import_cupy().from_dlpack(value).get()
+        host: Array = _by_cupy(value).get()
         return host
     if kind not in _CPU_DEVICES:
         raise ArrayError(
@@ -149,6 +150,19 @@ def _from_dlpack(value: SupportsDLPack) -> Array:
             if array is not None:
                 return array
         raise ArrayError(f"{type(value).__name__} cannot be read by DLPack: {error}") from error
+
+
+def _by_cupy(value: SupportsDLPack) -> Any:
+    """View an array on a GPU as one of CuPy's, which a store on the host copies down or fills."""
+    cupy = import_cupy()
+    try:
+        return cupy.from_dlpack(value)
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:  # bfloat16 is no CuPy's
+        raise ArrayError(
+            f"{type(value).__name__} on a GPU cannot be read by CuPy {cupy.__version__}: {error}. "
+            "Push a copy in the memory of the host, or take a store on GPUs ('device', 'nccl', "
+            "'dist_device_sync')"
+        ) from error
 
 
 def _writable_alias(array: Array) -> Array:

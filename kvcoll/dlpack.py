@@ -95,15 +95,12 @@ def device_tensor(producer: Any, stream: int) -> DeviceTensor:
         name = type(producer).__name__
         raise ArrayError(f"{name} cannot be read by DLPack: {error}") from error
     tensor = _tensor_of(capsule)
-    kind = _CODES.get(tensor.code, "")
-    if not kind or tensor.lanes != 1:
+    dtype = _dtype_of(tensor)
+    if dtype is None:
         raise ArrayError(
             f"{type(producer).__name__} has elements of DLPack type {tensor.code}, {tensor.bits} "
             "bits: kvcoll takes floats, integers, bools and complex numbers"
         )
-    dtype = extension_dtype("bfloat16") if kind == "bfloat" else np.dtype("?")
-    if kind not in ("bfloat", "bool"):
-        dtype = np.dtype(f"{kind}{tensor.bits}")
     shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
     address = (tensor.data or 0) + tensor.byte_offset
     strides = _strides(tensor, shape)
@@ -170,6 +167,21 @@ def extension_dtype(name: str) -> np.dtype[Any]:
         raise MissingDependencyError(
             f"{name} arrays need ml_dtypes: pip install --upgrade ml_dtypes"
         ) from error
+
+
+def _dtype_of(tensor: _Tensor) -> np.dtype[Any] | None:
+    """Give the dtype of a tensor's elements; None if NumPy has no such one."""
+    kind = _CODES.get(tensor.code, "")
+    if not kind or tensor.lanes != 1 or tensor.bits % 8:  # of 4 bits: two share a byte
+        return None
+    if kind == "bfloat":
+        return extension_dtype("bfloat16") if tensor.bits == _BFLOAT_BITS else None
+    if kind == "bool":
+        return np.dtype("?") if tensor.bits == 8 else None
+    try:
+        return np.dtype(f"{kind}{tensor.bits}")
+    except TypeError:  # integers of 128 bits, say
+        return None
 
 
 def _strides(tensor: _Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

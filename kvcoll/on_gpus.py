@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, final
 
 from . import mpi_takes
-from .arrays import is_on_cuda
+from .arrays import gpu_of
 from .errors import ArgumentError, DeviceError
 from .topology import Topology
 
@@ -108,7 +108,7 @@ def border_of(value: object) -> GpuBorder | None:
     from .gpu_border import GpuBorder
 
     first = _first(value)
-    if not is_on_cuda(first):
+    if gpu_of(first) is None:
         return None
     return GpuBorder(_place(find_gpus(), first))
 
@@ -121,13 +121,16 @@ def border_with_nccl(value: object) -> GpuBorder:
     Raises
     ------
     MissingDependencyError, DeviceError
-        There is no GPU, or no CuPy.
+        There is no GPU, or no CuPy, or there are several and NCCL is too old.
     """
+    from .gpu.places import check_age
     from .gpu_border import GpuBorder
     from .nccl.own import OwnGpus
     from .nccl.watch import Watch
 
     gpus, nccl = find()
+    if len(gpus.devices) > 1:
+        check_age("this process", nccl.version)
     watch = Watch([], stall_limit_s(os.environ, None), "rank 0 of 1")
     place = _place(gpus, _first(value), watch)
     place.sums = own = OwnGpus(gpus, nccl, place.device, place.stream, watch)
@@ -264,11 +267,7 @@ def _place(gpus: Gpus, first: object, patience: Patience | None = None) -> GpuPl
 
     if not gpus.devices:
         raise DeviceError("this process sees no GPU: nvidia-smi and CUDA_VISIBLE_DEVICES say why")
-    number = 0
-    if gpus.is_on_gpu(first):
-        own = gpus.devices[0].stream()
-        number = gpus.adopt(first, own).device
-    return GpuPlace(gpus, gpus.devices[number], patience=patience)
+    return GpuPlace(gpus, gpus.devices[gpu_of(first) or 0], patience=patience)
 
 
 def _first(value: object) -> object:

@@ -196,13 +196,13 @@ def _resnet50(gpus: Gpus, sizes: Sizes) -> list[Row]:
     step()
     before = place.launcher.n_launches
     step()
+    n_launches = place.launcher.n_launches - before
     n_buckets = len(kv._plan(keys).push.buckets)
-    launches = (place.launcher.n_launches - before) / n_buckets
     step_s = Clock(place.stream.synchronize, sizes).median_s(step)
-    value = f"{1e3 * step_s:.2f} ms, {launches:.1f} launches a bucket ({n_buckets} buckets)"
-    is_met = step_s < 1e-3 and launches < 3
+    value = f"{1e3 * step_s:.2f} ms, {n_launches} launches for {n_buckets} bucket(s)"
+    is_met = step_s < 1e-3 and n_launches < 3 * n_buckets
     name = f"push and pull of ResNet-50's {len(keys)} keys, SGD with momentum"
-    return [Row(name, step_s, value=value, bar="1 ms, under 3 launches", is_met=is_met)]
+    return [Row(name, step_s, value=value, bar="1 ms, under 3 launches a bucket", is_met=is_met)]
 
 
 def _many_keys(gpus: Gpus, sizes: Sizes) -> list[Row]:
@@ -403,7 +403,11 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
     parser.add_argument(
         "--ranks", action="store_true", help="under mpirun: measure pushes over all ranks' GPUs"
     )
-    parser.add_argument("--quick", action="store_true", help="arrays of 16 MB, fewer rounds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="arrays of 16 MB, which a GPU's cache holds, fewer rounds",
+    )
     args = parser.parse_args(arguments)
     if sizes is None:
         sizes = Sizes(4 << 20, rounds=5, sums=(1000, 4 << 20)) if args.quick else Sizes()

@@ -89,7 +89,8 @@ try:
     import numpy
     import cupy
 except ImportError as error:
-    sys.exit(f"{sys.executable} lacks {error.name}: pip install numpy 'cupy-cuda12x[ctk]' (or cupy-cuda13x)")
+    why = " ".join(str(error).split())
+    sys.exit(f"{sys.executable}: {why}: pip install numpy 'cupy-cuda12x[ctk]' (or 'cupy-cuda13x[ctk]')")
 from kvcoll import on_gpus
 from kvcoll.errors import KVCollError
 
@@ -119,7 +120,7 @@ read -r gpus nccl <<<"$(tail -n 1 <<<"$found")"
 say "on       $gpus GPU(s), NCCL $nccl; $(date -u +%F)"
 
 export KVCOLL_TEST_GPUS=real
-one=(tests/test_gpu_store.py tests/test_gpu_place.py tests/test_cuda_names.py)
+one=(tests/test_gpu_store.py tests/test_gpu_place.py tests/test_gpu_torch.py tests/test_cuda_names.py)
 # The last two make hosts up, and so take the way through pinned memory and MPI, too.
 many=(tests/test_gpu_ranks.py tests/test_gpu_hosts.py tests/test_nccl_transport.py)
 if has pytest && has ml_dtypes; then

@@ -13,7 +13,7 @@ import numpy.typing as npt
 CPU: Final = 1
 CUDA: Final = 2
 CUDA_HOST: Final = 3
-CODES: Final = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
+CODES: Final = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5, "b": 6}  # V: bfloat16 of ml_dtypes
 LEGACY_NAME: Final = b"dltensor"
 VERSIONED_NAME: Final = b"dltensor_versioned"
 READ_ONLY: Final = 1
@@ -70,6 +70,8 @@ class Foreign:
 
     `knows_versions`: whether it was written after DLPack 1.0, which lets a consumer ask
     for a versioned capsule; like torch and CuPy it gives a legacy one to who does not ask.
+    `device`, `number`: where it says that its memory lies; `element`: which code, bits and lanes
+    its elements have, if not those of the array. `streams`: what consumers asked for.
     """
 
     def __init__(
@@ -79,20 +81,25 @@ class Foreign:
         knows_versions: bool,
         read_only: bool = False,
         device: int = CPU,
+        number: int = 0,
+        element: tuple[int, int, int] | None = None,
     ) -> None:
         self.array = array
-        self.device = device
+        self.device, self.number = device, number
+        self.streams: list[object] = []
+        self._element = element or (CODES[array.dtype.kind], 8 * array.itemsize, 1)
         self.n_given = self.n_freed = 0
         self._knows_versions = knows_versions
         self._read_only = read_only
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.device, 0
+        return self.device, self.number
 
     def __dlpack__(self, **asked: object) -> Any:
         if not self._knows_versions and asked.keys() - {"stream"}:
             raise TypeError(f"__dlpack__() got unexpected arguments {sorted(asked)}")
         self.n_given += 1
+        self.streams.append(asked.get("stream"))
         return self._versioned() if asked.get("max_version") else self._legacy()
 
     def _legacy(self) -> Any:
@@ -114,9 +121,9 @@ class Foreign:
         HELD.extend((shape, strides, array))
         return _Tensor(
             array.__array_interface__["data"][0],
-            _Device(self.device, 0),
+            _Device(self.device, self.number),
             array.ndim,
-            _DataType(CODES[array.dtype.kind], 8 * array.itemsize, 1),
+            _DataType(*self._element),
             ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
             ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)),
             0,

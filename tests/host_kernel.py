@@ -61,12 +61,7 @@ class HostKernel:
         if shutil.which("g++") is None:
             pytest.skip("kernels of a fake GPU are compiled by g++, and there is none")
         self._source = source
-        text = source.for_host()
-        key = hashlib.sha256(repr((_FLAGS, text)).encode()).hexdigest()[:24]
-        library = _folder() / f"{key}.so"
-        if not library.exists():
-            _compile(text, library)
-        self._function = getattr(ctypes.CDLL(str(library)), source.name)
+        self._function = ctypes.CDLL(str(library_of(source.for_host())))[source.name]
         self._function.restype = None
         self._function.argtypes = [ctypes.c_longlong] + [
             _C_TYPES[p.c_type][1] if p.access is Access.VALUE else ctypes.c_void_p
@@ -92,6 +87,15 @@ class HostKernel:
         """Run it over elements 0 to n; arrays are given by address."""
         plain = [v if isinstance(v, int) else v.item() for v in values]
         self._function(n, *plain)
+
+
+def library_of(text: str) -> Path:
+    """Compile C++ to a library, if that has not been done yet."""
+    key = hashlib.sha256(repr((_FLAGS, text)).encode()).hexdigest()[:24]
+    library = _folder() / f"{key}.so"
+    if not library.exists():
+        _compile(text, library)
+    return library
 
 
 def _compile(text: str, library: Path) -> None:

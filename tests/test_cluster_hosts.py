@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import fake_cupy
 import numpy as np
 import pytest
 from cluster.hosts import CHECKOUT, Hosts, pretend_hosts
@@ -110,6 +112,20 @@ def test_the_training_reaches_its_accuracy_on_two_hosts(hosts: Hosts) -> None:
     curve = json.loads(Path(wrote).read_text())
     assert (curve["ranks"], curve["hosts"]) == (4, 2)
     assert curve["epochs"][-1]["accuracy"] >= 0.97
+    assert "replicas: 4 of 4 the same bits" in job.stdout
+
+
+def test_the_training_on_gpus_reaches_its_accuracy_on_two_hosts_of_two(hosts: Hosts) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("kernels of a fake GPU are compiled by g++, and there is none")
+    folder, wrote = hosts.folder / "gpus", hosts.folder / "gpus.json"
+    folder.mkdir()
+    env = fake_cupy.environment(folder)
+    command = (TRAIN, "--kv-store", "dist_device_sync", "--json", wrote)
+    job = hosts.mpirun((2, 2), *command, timeout_s=100, env=env)
+    assert job.returncode == 0, job
+    assert json.loads(wrote.read_text())["epochs"][-1]["accuracy"] >= 0.97
+    assert "store     dist_device_sync, 4 ranks on 2 hosts" in job.stdout
     assert "replicas: 4 of 4 the same bits" in job.stdout
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import fake_cupy
 import pytest
 from cluster.hosts import CHECKOUT, pretend_hosts
 from cluster.slurm import Ended, Slurm, slurm_on
@@ -89,6 +91,22 @@ def test_the_job_script_for_gpus_starts_a_rank_for_each(slurm: Slurm) -> None:
     assert (curve["ranks"], curve["hosts"]) == (4, 2)
     refused = slurm.on_kv1("sbatch", "--gpus-per-node=3", "--cpus-per-task=1", TRAIN_ON_GPUS)
     assert refused.returncode != 0  # nodes have 2: so the GPUs are truly asked for
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="kernels of a fake GPU are compiled by g++")
+def test_the_job_script_and_mpirun_in_an_allocation_train_on_gpus(slurm: Slurm) -> None:
+    folder = slurm.hosts.folder / "cupy"
+    folder.mkdir()
+    env = fake_cupy.environment(folder)
+    ended = slurm.sbatch("--cpus-per-task=1", TRAIN_ON_GPUS, *SHORT, env=env)
+    assert ended.states == ["COMPLETED 0:0"], ended
+    nodes = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+    by_hand = ("mpirun", "-np", "4", "python", "scripts/train.py", "--kv-store", "dist_device_sync")
+    allocated = slurm.on_kv1("salloc", *nodes, *by_hand, *SHORT, env=env, timeout_s=60)
+    assert allocated.returncode == 0, allocated
+    for text in (ended.outputs[0], allocated.stdout):
+        assert "store     dist_device_sync, 4 ranks on 2 hosts" in text
+        assert "replicas: 4 of 4 the same bits" in text
 
 
 def test_a_job_whose_training_fails_has_failed(slurm: Slurm) -> None:

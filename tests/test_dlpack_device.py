@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dlpack_object import CUDA, Foreign
 
 from kvcoll.dlpack import device_tensor
 from kvcoll.errors import ArrayError
@@ -42,6 +44,32 @@ def test_address_shape_strides_and_dtype_are_the_producers(dtype: str, is_old: b
             assert tensor.address == array.__array_interface__["data"][0]
             assert tensor.strides == array.strides
         assert not tensor.is_read_only
+
+
+@pytest.mark.parametrize("knows_versions", [False, True])
+def test_what_lies_on_a_gpu_is_known_by_its_number_and_bfloat16_by_its_dtype(
+    knows_versions: bool,
+) -> None:
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    array = np.zeros((4, 3), bfloat16)[::2]
+    foreign = Foreign(array, knows_versions=knows_versions, device=CUDA, number=5)
+    tensor = device_tensor(foreign, 7)
+    assert foreign.streams == [7]
+    assert (tensor.device, tensor.dtype) == (5, bfloat16)
+    assert (tensor.shape, tensor.strides) == ((2, 3), (12, 2))
+    assert tensor.address == array.__array_interface__["data"][0]
+
+
+@pytest.mark.parametrize(
+    "element", [(0, 4, 1), (0, 128, 1), (7, 8, 1), (4, 8, 1), (6, 1, 1), (2, 32, 2)]
+)
+def test_elements_that_numpy_does_not_have_are_named(element: tuple[int, int, int]) -> None:
+    foreign = Foreign(np.zeros(3), knows_versions=True, device=CUDA, element=element)
+    code, bits, _ = element
+    with pytest.raises(
+        ArrayError, match=f"Foreign has elements of DLPack type {code}, {bits} bits"
+    ):
+        device_tensor(foreign, 7)
 
 
 def test_memory_that_must_not_be_written_is_told() -> None:

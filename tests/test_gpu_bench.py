@@ -49,8 +49,20 @@ def test_every_bar_of_the_project_is_measured_and_written(
     barred = [row for row in told["rows"] if row["bar"]]
     assert len(barred) == 6
     assert all(row["is_met"] in (True, False) and row["time_s"] > 0 for row in barred)
+    copy, *others = told["rows"]
+    rate = copy["n_bytes"] / copy["time_s"]
+    shared = [row for row in others if row["share"] is not None]
+    assert len(shared) == 5
+    for row in shared:  # each against the copy of this run
+        assert row["share"] == pytest.approx(row["n_bytes"] / row["time_s"] / rate)
+        assert row["is_met"] == (row["share"] >= 0.8 if row["bar"] else None)
+    n_bytes = {
+        row["name"].split(",")[0].split(" x ")[0]: row["n_bytes"] / 4 / 3000 for row in shared
+    }
+    # What must be read and written: 4 and the sum; value and state twice, the gradient once.
+    assert (n_bytes["sum of 4"], n_bytes["SGD with momentum"], n_bytes["Adam"]) == (5, 5, 7)
     resnet = next(row for row in told["rows"] if "ResNet-50" in row["name"])
-    assert "2.0 launches a bucket" in resnet["value"]
+    assert "2 launches for 1 bucket(s)" in resnet["value"]
     said = capsys.readouterr().out
     assert all(name in said for name in names)
     assert told["about"]["gpus"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.single
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
 PYTHON = """#!/usr/bin/env bash
 case $1 in
-    -) cat >/dev/null; echo "a warning of some library"; echo "$FOUND"; exit "${FOUND_CODE:-0}" ;;
+    -) [ -z "${ASKED_BY-}" ] || exec "$ASKED_BY" -
+       cat >/dev/null; echo "a warning of some library"; echo "$FOUND"; exit "${FOUND_CODE:-0}" ;;
     -c) case " $LACKS " in *" ${2#import } "*) exit 1 ;; esac ;;
     -VV) echo "Python 3.12.0" ;;
     *) echo "ran $* with $NCCL_MULTI_RANK_GPU_ENABLE $KVCOLL_TEST_GPUS"
@@ -74,10 +76,10 @@ def test_all_steps_run_and_are_summed_up(tmp_path: Path) -> None:
         "passed   benchmark over 2 ranks",
         "passed   training over 2 ranks",
     ]
-    assert (
-        "tests/test_gpu_store.py tests/test_gpu_place.py tests/test_cuda_names.py with  real"
-        in check.log("tests.txt")
-    )
+    files = [
+        f"tests/test_{name}.py" for name in ("gpu_store", "gpu_place", "gpu_torch", "cuda_names")
+    ]
+    assert f"{' '.join(files)} with  real" in check.log("tests.txt")
     assert f"scripts/gpu_bench.py --out {check.out} with" in check.log("bench.txt")
     ranks = check.log("bench_ranks.txt")
     assert "mpirun -n 2 --map-by :oversubscribe --bind-to none" in ranks
@@ -127,6 +129,31 @@ def test_without_a_gpu_it_says_why_and_ends(tmp_path: Path) -> None:
     assert check.code == 2
     assert check.said == "nothing to check on: there is no NVIDIA driver here\n"
     assert [path.name for path in check.out.iterdir()] == ["summary.txt"]
+
+
+CUPY = """
+import fake_cupy
+world = fake_cupy.install()
+world.driver, world.no_devices_status = {}, {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (CUPY.format(0, 35), "nothing to check on: there is no NVIDIA driver here"),
+        (CUPY.format(13000, 100), "nothing to check on: CUDA shows no GPU here: nvidia-smi"),
+        ("import no_such", "No module named 'no_such': pip install numpy 'cupy-cuda12x[ctk]' (or"),
+        ("raise ImportError('CuPy failed\\nto load')", "CuPy failed to load: pip install numpy"),
+        (CUPY.format(13000, 0), "on       2 GPU(s), NCCL 23003"),
+    ],
+)
+def test_what_there_is_is_asked_of_cupy(tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "cupy.py").write_text(code)
+    paths = f"{tmp_path}{os.pathsep}{Path(__file__).parent}"
+    check = Check(tmp_path, ASKED_BY=sys.executable, PYTHONPATH=paths)
+    assert check.code == (0 if "NCCL" in said else 2), check.said
+    assert said in check.said.splitlines()[0]
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:

@@ -67,6 +67,34 @@ def test_a_push_sums_over_lists_and_ranks(kv: KVStore, gpus: AnyGpus, comm: Any)
     assert (kv.pull(3, out=np.zeros((2, 3))) == expected).all()
 
 
+@pytest.mark.ranks(at_least=2)
+def test_lists_on_several_gpus_of_each_rank_are_added_there_before_the_ranks_are(
+    kv: KVStore, gpus: AnyGpus, comm: Any
+) -> None:
+    sizes = {"a": 3, "b": 100_000}
+    numbers = {
+        (rank, key, k): np.random.default_rng([rank, n, k]).standard_normal(n).astype(np.float32)
+        for rank in range(comm.size)
+        for key, n in sizes.items()
+        for k in range(3)
+    }
+    kv.init(list(sizes), [np.zeros(n, np.float32) for n in sizes.values()])
+    for key, n in sizes.items():
+        given = [numbers[kv.rank, key, k] for k in range(3)]
+        there = [
+            (kv.local_rank + k) % comm.size for k in range(3)
+        ]  # the own one first, then others
+        kv.push(key, [gpus.array(x, k) for x, k in zip(given, there, strict=True)])
+        outs = [gpus.array(np.zeros(n, np.float32), k) for k in there]
+        kv.pull(key, out=outs)
+        total = None
+        for rank in range(comm.size):
+            of_rank = (numbers[rank, key, 0] + numbers[rank, key, 1]) + numbers[rank, key, 2]
+            total = of_rank if total is None else total + of_rank
+        assert total is not None
+        assert [out.get().tobytes() for out in outs] == [total.tobytes()] * 3
+
+
 @pytest.mark.parametrize(
     "dtype", quick_first(["float32", "bfloat16", "float16", "int8", "complex64", "bool"], 2)
 )

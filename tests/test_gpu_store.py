@@ -227,6 +227,22 @@ def test_a_push_and_a_pull_of_many_keys_are_one_launch_each(gpus: AnyGpus) -> No
         )
 
 
+def test_lists_of_many_keys_on_one_gpu_are_added_in_one_launch(gpus: AnyGpus) -> None:
+    kv = kvcoll.create("nccl")
+    keys = list(range(20))
+    kv.init(keys, [np.zeros(10 + k, np.float32) for k in keys])
+    kv.set_optimizer("test")  # adds what is pushed
+    lists = [[gpus.array(np.full(10 + k, 4**j, np.float32)) for j in range(4)] for k in keys]
+    kv.push(keys, lists)
+    border = kv._border
+    assert border is not None
+    before = border.place.launcher.n_launches
+    kv.push(keys, lists)
+    assert border.place.launcher.n_launches == before + 2  # the sums, and the updates
+    for k, array in zip(keys, kv.pull(keys), strict=True):
+        assert array.get().tolist() == [2 * (1 + 4 + 16 + 64)] * (10 + k)
+
+
 def test_pushpull_and_broadcast_fill_in_place(kv: Any, gpus: AnyGpus) -> None:
     value = gpus.array(f32([1, 2]))
     other = gpus.array(f32([0, 0]), 1)

@@ -42,6 +42,7 @@ class CupyGpus(Gpus):
         except runtime.CUDARuntimeError as error:
             raise DeviceError(_why_none(error, self.driver_version, self._cupy)) from error
         self._home = 0
+        self._beside: dict[tuple[int, int], Stream] = {}  # by device, and the stream that waits
         self.devices: Sequence[Device] = [
             CupyDevice(self._cupy, k, self._take_note) for k in range(count)
         ]
@@ -66,7 +67,7 @@ class CupyGpus(Gpus):
             array = DeviceArray(value.data.ptr, value.dtype, value.shape, device, value)
             is_packed, strides, is_read_only = value.flags.c_contiguous, value.strides, False
         elif isinstance(value, SupportsDLPack):
-            tensor = device_tensor(value, on.handle)
+            tensor = self._tensor(value, on)
             array = DeviceArray(tensor.address, tensor.dtype, tensor.shape, tensor.device, tensor)
             is_packed, strides = _is_packed(tensor), tensor.strides
             is_read_only = tensor.is_read_only
@@ -130,16 +131,44 @@ class CupyGpus(Gpus):
         pointer = cuda.MemoryPointer(memory, 0)
         return self._cupy.ndarray(array.shape, dtype, memptr=pointer, strides=strides)
 
+    def _tensor(self, value: SupportsDLPack, on: Stream) -> DeviceTensor:
+        """Ask an array's library for it, on a stream of the array's own GPU."""
+        index = value.__dlpack_device__()[1]
+        own = self._stream_there(index, on)
+        with self.devices[index].here():  # torch hands out nothing of another GPU
+            tensor = device_tensor(value, own.handle)
+        if own is not on:
+            on.wait(own.record())
+        return tensor
+
     def _packed(self, array: DeviceArray, strides: tuple[int, ...], on: Stream) -> DeviceArray:
-        """Copy an array that is not contiguous, on a stream; its dtype need not be CuPy's."""
+        """Copy an array that is not contiguous, on its GPU; its dtype need not be CuPy's."""
         words: Any = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
         dtype = words[array.itemsize]
-        if not isinstance(on, CupyStream):
-            raise TypeError(f"a stream of CuPy's is needed, got {type(on).__name__}")
-        out = self.devices[array.device].empty(array.shape, array.dtype, on)
-        with self._cupy.cuda.Device(array.device), on.stream:
+        own = self._stream_there(array.device, on)
+        if not isinstance(own, CupyStream):
+            raise TypeError(f"a stream of CuPy's is needed, got {type(own).__name__}")
+        out = self.devices[array.device].empty(array.shape, array.dtype, own)
+        with self._cupy.cuda.Device(array.device), own.stream:
             self._viewed(out, dtype, None)[...] = self._viewed(array, dtype, strides)
+        if own is not on:
+            on.wait(own.record())
         return out
+
+    def _stream_there(self, index: int, on: Stream) -> Stream:
+        """Give a stream of a GPU: `on`, or on another GPU one that comes after it.
+
+        So what was taken of that GPU's memory for work on `on`, and is free again, is not
+        written by others before that work has read it.
+        """
+        if index == on.device:
+            return on
+        key = index, on.handle
+        if key not in self._beside:
+            self._beside[key] = self.devices[index].stream()
+        own = self._beside[key]
+        own.wait(on.record())
+        return own
 
 
 def _is_packed(tensor: DeviceTensor) -> bool:

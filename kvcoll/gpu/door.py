@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import MissingDependencyError
 
+_CURE = "pip install 'kvcoll[gpu]' (or 'kvcoll[gpu13]', where the driver is for CUDA 13)"
+
 
 def import_cupy() -> Any:
     """Import ``cupy``.
@@ -13,14 +15,17 @@ def import_cupy() -> Any:
     Raises
     ------
     MissingDependencyError
-        It is not installed.
+        It is not installed, or lacks something itself.
     """
     try:
         import cupy
     except ImportError as error:
+        is_there = not (isinstance(error, ModuleNotFoundError) and error.name == "cupy")
+        what = (
+            f"does not import: {' '.join(str(error).split())}" if is_there else "is not installed"
+        )
         raise MissingDependencyError(
-            "an array lies on a GPU, or a store is to be there, and CuPy is not installed: "
-            "pip install 'kvcoll[gpu]'"
+            f"an array lies on a GPU, or a store is to be there, and CuPy {what}: {_CURE}"
         ) from error
     return cupy
 

@@ -84,14 +84,25 @@ def places_of(topology: Topology, sights: Sequence[Sight]) -> list[int]:
     return places
 
 
+def check_age(who: str, nccl: Sequence[int]) -> None:
+    """Refuse an NCCL that is too old for sums over several GPUs.
+
+    Raises
+    ------
+    DeviceError
+        It is older than `OLDEST_NCCL`.
+    """
+    if tuple(nccl) < OLDEST_NCCL:
+        raise DeviceError(
+            f"{who} has NCCL {_dotted(nccl)}, and {_dotted(OLDEST_NCCL)} or newer is "
+            "needed: pip install --upgrade nvidia-nccl-cu12 (or -cu13, as your CuPy)"
+        )
+
+
 def _check_nccl(rank: int, sight: Sight, ranks: Sequence[int], sights: Sequence[Sight]) -> None:
     if len(ranks) == 1:
         return
-    if sight.nccl < OLDEST_NCCL:
-        raise DeviceError(
-            f"rank {rank} has NCCL {_dotted(sight.nccl)}, and {_dotted(OLDEST_NCCL)} or newer is "
-            "needed: pip install --upgrade nvidia-nccl-cu12 (or -cu13, as your CuPy)"
-        )
+    check_age(f"rank {rank}", sight.nccl)
     if sight.nccl != sights[ranks[0]].nccl:
         raise DeviceError(
             f"rank {rank} has NCCL {_dotted(sight.nccl)} and rank {ranks[0]} of the same host "
