@@ -21,6 +21,8 @@ from typing import Final, NamedTuple
 # What a launcher tells its ranks. A child that inherits it takes itself for one of them.
 OF_A_LAUNCHER: Final = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "HYDRA_", "HYDI_", "MPI_LOCAL", "PALS_")
 OF_THE_USER: Final = ("OMPI_ALLOW_", "OMPI_MCA_osc", "OMPI_MCA_btl", "OMPI_MCA_mpi_yield_when_idle")
+# What scripts/test.sh tells a run of tests: one that a test starts is none of its parts.
+OF_A_RUN: Final = ("KVCOLL_TEST_PART", "KVCOLL_TEST_COUNTS")
 WITH_FT: Final = ("--with-ft", "ulfm", "--mca", "coll", "^han")
 TO_END_S: Final = 3.0  # what mpirun has to end its ranks after a polite signal
 SET_PARENT_DEATH_SIGNAL: Final = 1  # prctl's PR_SET_PDEATHSIG
@@ -102,12 +104,13 @@ def _run(
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without the variables by which a process knows its MPI job."""
+    """Return the environment without what a process knows its MPI job, or its part of tests, by."""
     clean = {"OMPI_MCA_btl": "^ofi"}  # Open MPI looks a second long for fabrics of no use here
     clean |= {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(OF_A_LAUNCHER) or name.startswith(OF_THE_USER)
+        if (not name.startswith(OF_A_LAUNCHER) or name.startswith(OF_THE_USER))
+        and name not in OF_A_RUN
     }
     if os.geteuid() == 0:
         clean |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
