@@ -216,7 +216,7 @@ class Agreement(ABC):
     @property
     @abstractmethod
     def n_settled(self) -> int:
-        """How many such blocks this rank has come through."""
+        """How many such blocks this rank has come through, of all stores that agree together."""
 
     @property
     @abstractmethod
@@ -369,13 +369,13 @@ class AcrossRanks(Agreement):
         self._number += 1
         try:
             _wait_for(settling.done)
-            if came_through:
-                settling.check()
         except BaseException:
             settling.give_up()
             raise
         finally:
             self.passed = self._number
+        if came_through:
+            settling.check()
 
     @property
     def n_stores(self) -> int:
@@ -597,7 +597,6 @@ class _OfStore(Agreement):
     def __init__(self, ranks: AcrossRanks, number: int) -> None:
         self._ranks = ranks
         self._number = number
-        self._n_settled = 0
 
     def confirm(self, call: Call, flags: int = 0) -> int:
         return self._ranks.confirm(call, flags, self._number)
@@ -624,15 +623,12 @@ class _OfStore(Agreement):
     def held(self) -> AbstractContextManager[None]:
         return self._ranks.held()
 
-    @contextmanager
-    def atomic(self) -> Iterator[None]:
-        with self._ranks.atomic(self._number):
-            yield
-        self._n_settled += 1
+    def atomic(self) -> AbstractContextManager[None]:
+        return self._ranks.atomic(self._number)
 
     @property
     def n_settled(self) -> int:
-        return self._n_settled
+        return self._ranks.n_settled
 
     @property
     def ended(self) -> str:

@@ -106,9 +106,10 @@ class Lifeline:
         self._rank = topology.rank
         here = topology.ranks_on(topology.host)
         leaders = [ranks[0] for ranks in topology.hosts]
+        self._is_first = topology.rank == here[0]
         self._parent = here[0]
         self._expected: set[int] = set()
-        if self._rank == here[0]:
+        if self._is_first:
             self._parent = leaders[0]
             self._expected = set(here[1:])
             if self._rank == leaders[0]:
@@ -124,7 +125,7 @@ class Lifeline:
 
     def listen(self) -> str:
         """Await connections, if others are to connect to this rank; say in JSON where."""
-        if self._rank != self._topology.ranks_on(self._topology.host)[0]:
+        if not self._is_first:
             return ""
         try:
             self._server = socket.create_server(("", 0), backlog=128)
@@ -186,7 +187,7 @@ class Lifeline:
             self._server.close()
         self._thread = threading.Thread(target=self._watch, name="kvcoll-lifeline", daemon=True)
         self._thread.start()
-        if not self._survives and self._rank == self._topology.ranks_on(self._topology.host)[0]:
+        if self._is_first and not self._survives:
             guard()
 
     def close(self) -> None:
@@ -273,8 +274,7 @@ class Lifeline:
 
     def _lost(self, cause: str) -> None:
         self._say(cause.encode())
-        here = self._topology.ranks_on(self._topology.host)
-        if self._rank == here[0]:
+        if self._is_first:
             where = f"rank {self._rank} of {self._topology.size}"
             print(
                 f"kvcoll: {where}: {cause}: the job ends; go on from the last checkpoint",

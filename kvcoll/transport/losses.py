@@ -41,9 +41,12 @@ def survives_losses(mpi: Any, environ: Mapping[str, str] = os.environ) -> bool:
     environ : mapping of str to str, optional
     """
     vendor, version = mpi.get_vendor()
-    return (
-        vendor == "Open MPI" and version >= (5,) and environ.get(_SWITCH, "").strip().lower() in _ON
-    )
+    return vendor == "Open MPI" and version >= (5,) and _is_asked_for(environ)
+
+
+def _is_asked_for(environ: Mapping[str, str]) -> bool:
+    """Say whether the launcher was told that losses are to be survived."""
+    return environ.get(_SWITCH, "").strip().lower() in _ON
 
 
 def leave_out_han(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -51,7 +54,7 @@ def leave_out_han(environ: MutableMapping[str, str] = os.environ) -> None:
 
     In Open MPI 5.0 its collective calls across hosts succeed with wrong results when a rank dies.
     """
-    if environ.get(_SWITCH, "").strip().lower() in _ON:
+    if _is_asked_for(environ):
         environ.setdefault(_COLLECTIVES, "^han")
 
 
@@ -63,7 +66,7 @@ def let_launchers_name_losses(environ: MutableMapping[str, str] = os.environ) ->
     and now and then (version 5.0.11) it does not end.
     """
     here, all_ranks = (environ.get(name, "") for name in _RANKS)
-    if here != all_ranks and environ.get(_SWITCH, "").strip().lower() not in _ON:
+    if here != all_ranks and not _is_asked_for(environ):
         environ.setdefault(_ABORT_DELAY, "1")
 
 
