@@ -14,7 +14,7 @@ from kvcoll.watchdog import EXIT_CODE
 pytestmark = [pytest.mark.single, pytest.mark.limit(120), pytest.mark.long]
 
 PROGRAM: Final = """
-import ctypes, time
+import ctypes, subprocess, time
 import numpy as np
 import kvcoll
 settings = kvcoll.Watchdog(floor_s=0.4, ceiling_s=0.8, limit_s=12, held_stacks=True)
@@ -25,7 +25,8 @@ def wait_for_a_file():
     time.sleep(3)
 
 def hold_the_lock():
-    ctypes.PyDLL(None).sleep(40)
+    with subprocess.Popen(["sleep", "40"], stdout=subprocess.PIPE) as sleep:
+        ctypes.PyDLL(None).read(sleep.stdout.fileno(), ctypes.create_string_buffer(1), 1)
 
 if kv.rank == 2:
     wait_for_a_file()

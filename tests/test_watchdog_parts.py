@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ import kvcoll
 from kvcoll.agreement import AcrossRanks, Call
 from kvcoll.transport import mpi
 from kvcoll.watchdog import Watchdog, patrol
-from kvcoll.watchdog.held import HeldStack, main_stack, read_stack
+from kvcoll.watchdog.held import HeldStack, ask_for_stack, last_stack, read_stack
 from kvcoll.watchdog.post import MpiPost, introduce
 from kvcoll.watchdog.processes import Place, look_at, own_place
 from kvcoll.watchdog.stacks import stack_of
@@ -171,45 +173,133 @@ def test_of_calls_within_kvcoll_the_first_and_the_last_are_shown() -> None:
     assert seen[0].count("  ...\n") == 1
 
 
-def test_what_faulthandler_writes_is_turned_to_the_innermost_call_last() -> None:
+def test_the_last_stack_that_faulthandler_wrote_is_turned_to_the_innermost_call_last() -> None:
     text = (
-        "Timeout (0:00:01)!\nThread 0x01 (most recent call first):\n"
-        '  File "t.py", line 3 in wait\n\nThread 0x02 (most recent call first):\n'
+        'Current thread 0x01 (most recent call first):\n  File "t.py", line 3 in wait\n\n'
+        "Current thread 0x01 [python] (most recent call first):\n"
         '  File "m.py", line 9 in inner\n  File "m.py", line 2 in outer\n'
     )
-    assert main_stack(text) == '  File "m.py", line 2 in outer\n  File "m.py", line 9 in inner\n'
-    assert main_stack("") == ""
+    assert last_stack(text) == '  File "m.py", line 2 in outer\n  File "m.py", line 9 in inner\n'
+    assert last_stack("") == ""
 
 
-@pytest.mark.single
-def test_a_process_that_lets_no_thread_run_leaves_its_stack() -> None:
-    program = """
-import ctypes, sys
+HOLDER = """
+import ctypes, os, signal, sys, threading, time
 from kvcoll.watchdog.held import HeldStack
+{first}
 held = HeldStack()
-held.put_off()
+held.begin()
 print(held.file, flush=True)
+{then}
+"""
+HOLD_THE_LOCK = """
 def hold_the_lock():
-    ctypes.PyDLL(None).sleep(20)
+    ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+    print("read", flush=True)
+    time.sleep(60)
 hold_the_lock()
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+def place_of(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Place:
+    """Say where a process is that was begun here."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return Place("here", process.pid, int(fields[19]), 0)
+
+
+@contextmanager
+def holder(then: str, first: str = "") -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Start a process that has a `HeldStack`; give it, and the number of its file."""
+    program = HOLDER.format(first=first, then=then)
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        file = int(process.stdout.readline())
-        until(lambda: "in hold_the_lock" in read_stack(process.pid, file))
+        yield process, int(process.stdout.readline())
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.single
+def test_a_process_that_lets_no_thread_run_leaves_its_stack_when_asked_and_goes_on() -> None:
+    with holder(HOLD_THE_LOCK) as (process, file):
+        until(lambda: look_at(place_of(process)).sleeps_in != "")
+        assert read_stack(process.pid, file) == ""
+        ask_for_stack(process.pid)
+        until(lambda: "in hold_the_lock" in read_stack(process.pid, file))
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("x")
+        process.stdin.flush()
+        assert process.stdout.readline() == "read\n"  # what was interrupted was begun again
     assert read_stack(process.pid, file) == ""
 
 
 @pytest.mark.single
-def test_a_stack_that_is_put_off_in_time_is_not_written() -> None:
+def test_a_stack_that_nobody_asks_for_is_not_written_even_if_no_thread_ran_for_long() -> None:
+    # Of a process that is stopped, a thread with a timeout would write when all run again.
+    with holder("while True: pass") as (process, file):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        assert read_stack(process.pid, file) == ""
+        assert process.poll() is None
+
+
+@pytest.mark.single
+def test_a_process_whose_threads_do_run_may_be_asked_at_any_moment() -> None:
+    then = """
+def call(depth):
+    names = {}
+    exec(f"def one(call, depth):\\n    return depth and call(depth - 1)", names)
+    return names["one"](call, depth)
+
+def work():
+    while True:
+        call(20)
+
+threading.Thread(target=work, daemon=True).start()
+work()
+"""
+    with holder(then) as (process, file):
+        for _ in range(300):
+            ask_for_stack(process.pid)
+            time.sleep(0.003)
+        until(lambda: read_stack(process.pid, file).count("in call\n") > 0)
+        assert process.poll() is None
+
+
+@pytest.mark.single
+def test_a_program_keeps_its_own_handler_for_the_signal() -> None:
+    own = "signal.signal(signal.SIGURG, lambda *_: print('own', flush=True))"
+    with holder("while True: time.sleep(0.01)", first=own) as (process, file):
+        ask_for_stack(process.pid)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "own\n"
+        assert read_stack(process.pid, file) == ""
+
+
+@pytest.mark.single
+def test_without_a_handler_the_signal_does_nothing() -> None:
+    then = "held.end()\nprint('ended', flush=True)\nsys.stdin.readline()\nprint('well')"
+    with holder(then) as (process, _):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ended\n"
+        ask_for_stack(process.pid)
+        process.send_signal(signal.SIGURG)
+        assert process.communicate("go on\n", LIMIT_S)[0] == "well\n"
+
+
+def test_a_stack_is_forgotten_when_threads_run_again() -> None:
     held = HeldStack()
-    held.put_off()
-    held.end()
+    os.write(held.file, b'Current thread 0x01:\n  File "m.py", line 9 in inner\n')
+    assert "inner" in read_stack(os.getpid(), held.file)
+    held.clear()
     assert read_stack(os.getpid(), held.file) == ""
+    os.write(held.file, b'Current thread 0x01:\n  File "m.py", line 2 in outer\n')
+    assert read_stack(os.getpid(), held.file) == '  File "m.py", line 2 in outer\n'
     os.close(held.file)
 
 
@@ -228,13 +318,12 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_the_kernel_tells_whether_a_process_sleeps_is_stopped_or_has_ended(
     sleeper: subprocess.Popen[bytes],
 ) -> None:
-    started = int(Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19])
-    place = Place("here", sleeper.pid, started, 0)
+    place = place_of(sleeper)
     until(lambda: look_at(place).state == "S")
     sleeper.send_signal(signal.SIGSTOP)
     until(lambda: look_at(place).state == "T")
     assert not look_at(place).has_ended
-    assert look_at(Place("here", sleeper.pid, started - 1, 0)).has_ended  # another, of that number
+    assert look_at(replace(place, started=place.started - 1)).has_ended  # another, of that number
     sleeper.kill()
     until(lambda: look_at(place).has_ended)
     sleeper.wait()

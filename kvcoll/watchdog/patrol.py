@@ -209,6 +209,8 @@ def forget() -> None:
 
 def _run() -> None:
     before_s = time.monotonic()
+    if _held is not None:
+        _held.begin()
     try:
         while not _stop.wait(_look_s):
             now_s = time.monotonic()
@@ -218,7 +220,7 @@ def _run() -> None:
                 one.station.look(min(now_s - before_s, _MOST_S))
             before_s = now_s
             if _held is not None:
-                _held.put_off()
+                _held.clear()
     except Exception as error:  # whatever it is: training goes on without a watchdog
         _say_ended(error)
     if _held is not None:

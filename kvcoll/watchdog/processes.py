@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .held import NO_FILE, read_stack
+from .held import NO_FILE, ask_for_stack, read_stack
 
 GONE: Final = "gone"
 _PROC: Final = Path("/proc")
@@ -60,6 +60,11 @@ class Seen:
         """Whether it will never do anything again."""
         return self.state in (GONE, "Z", "X")
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it does nothing until a signal or a debugger lets it go on."""
+        return self.state in ("T", "t")
+
 
 def own_place(world_rank: int, file: int = NO_FILE) -> Place:
     """Say where this process is."""
@@ -78,6 +83,17 @@ def look_at(place: Place) -> Seen:
     if int(fields[_STARTED]) != place.started:
         return Seen(GONE)
     return Seen(fields[0], _sleeps_in(place.pid), read_stack(place.pid, place.file))
+
+
+def ask(place: Place) -> bool:
+    """Have a process of this host leave its stack; say whether it may be waited for.
+
+    Of a process that `look_at` has just seen: by its number alone it might be another one.
+    """
+    if place.file == NO_FILE:
+        return False
+    ask_for_stack(place.pid)
+    return True
 
 
 def _stat(pid: int) -> list[str]:

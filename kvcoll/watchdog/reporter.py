@@ -60,8 +60,6 @@ class Own:
         Ends the job, given the report, and whether processes have ended by themselves.
     told : callable
         Gives what this rank tells of itself.
-    look : callable
-        Looks at the process of a rank that is near.
     limit_s : callable
         Gives the shortest hard limit of tracks.
     """
@@ -75,7 +73,6 @@ class Own:
     say: Callable[[str], None]
     end_job: Callable[[str, bool], None]
     told: Callable[[], Told]
-    look: Callable[[Place], Seen]
     limit_s: Callable[[Collection[int]], float]
 
 
@@ -150,11 +147,10 @@ class Reporter:
             if rank in at.told:
                 continue
             if rank in self._own.near:
-                at.seen[rank] = self._own.look(places[rank])
-                continue
-            near = [
-                r for r in at.told if r != self._own.rank and places[r].host == places[rank].host
-            ]
+                near = [self._own.rank]
+            else:
+                others = [r for r in at.told if r != self._own.rank]
+                near = [r for r in others if places[r].host == places[rank].host]
             if near:
                 wanted.setdefault(near[0], []).append(rank)
         at.looking = set(wanted)

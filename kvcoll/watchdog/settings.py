@@ -41,8 +41,9 @@ class Watchdog:
         for never.
     held_stacks : bool, default False
         Have the stack also of a rank on which C code holds Python's lock, so that no thread
-        of it can answer. It takes ``faulthandler.dump_traceback_later``, of which there is
-        one in a process.
+        of it can answer. It takes the signal SIGURG, unless the program has a handler for
+        it; only a late rank that does not answer is sent it, which may cut short a system
+        call in which that C code waits.
 
     Raises
     ------

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from .post import Message, Post
-from .processes import Place, Seen, look_at
+from .processes import Place, Seen, ask, look_at
 from .report import Told, words_for
 from .reporter import ANSWER_S, DUE, ENDED, LIMIT, Own, Reporter
 from .track import LEFT, OUTSIDE, WAITS, Position, Track
 
 _LOOK_FOR_ENDED_S: Final = 1.0
+_STACK_S: Final = 0.5  # in which a process that can leave its stack does
 
 
 @dataclass
@@ -28,6 +29,17 @@ class _Notice:
     """A wait of this rank's of which a reporter has to be told."""
 
     to: int
+    until_s: float
+
+
+@dataclass
+class _Look:
+    """What a reporter is told of processes of this host, once they have left their stacks."""
+
+    to: int
+    number: int
+    ranks: list[int]
+    asked: list[int]
     until_s: float
 
 
@@ -53,6 +65,8 @@ class Station:
         Says where this rank stands in stores of other groups.
     look : callable, optional
         Looks at another rank's process on this host.
+    ask : callable, optional
+        Has it leave its stack, and says whether it may.
     """
 
     def __init__(
@@ -66,11 +80,13 @@ class Station:
         stack: Callable[[int | None], str],
         elsewhere: Callable[[], list[Position]] = list,
         look: Callable[[Place], Seen] = look_at,
+        ask: Callable[[Place], bool] = ask,
     ) -> None:
         self._post, self._places = post, places
         self._rank, self._size = post.rank, post.size
         self._end = end
         self._stack, self._elsewhere, self._look_at = stack, elsewhere, look
+        self._ask, self._looks = ask, list[_Look]()
         own = places[self._rank].host
         beside = [r for r, place in enumerate(places) if r != self._rank and place.host == own]
         # Others of this name may be in a container of their own, where numbers mean others.
@@ -92,7 +108,6 @@ class Station:
                 say=say,
                 end_job=end_job,
                 told=self._own,
-                look=look,
                 limit_s=self._limit_s,
             )
         )
@@ -134,6 +149,7 @@ class Station:
                 self._tell(self._asked_by, message)
         for rank, message in self._post.receive():
             self._handle(rank, message)
+        self._end_looks()
         self._mind_own_waits()
         self._reporter.step(self._now_s)
 
@@ -195,9 +211,7 @@ class Station:
             self._note_asked(source, message["why"])
             self._tell(source, {"kind": "told", "number": message["number"]} | self._own().encode())
         elif kind == "look":
-            found = {str(r): self._look_at(self._places[r]) for r in message["ranks"]}
-            seen = {rank: [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}
-            self._tell(source, {"kind": "seen", "number": message["number"], "seen": seen})
+            self._begin_look(source, message["number"], message["ranks"])
         elif kind == "end" and self._end is not None:
             self._end(message["tracks"], message["text"], message["late"])
         elif kind == "said":
@@ -208,6 +222,29 @@ class Station:
             self._reporter.take_told(source, message)
         else:
             self._reporter.take_seen(source, message)
+
+    def _begin_look(self, to: int, number: int, ranks: list[int]) -> None:
+        """Look at processes of this host; again, a look later at least, if one leaves its stack."""
+        found = {rank: self._look_at(self._places[rank]) for rank in ranks}
+        able = [rank for rank, one in found.items() if not (one.has_ended or one.is_stopped)]
+        asked = [rank for rank in able if self._ask(self._places[rank])]
+        if asked:
+            self._looks.append(_Look(to, number, ranks, asked, self._now_s + _STACK_S))
+        else:
+            self._tell_seen(to, number, found)
+
+    def _end_looks(self) -> None:
+        looks, self._looks = self._looks, []
+        for one in looks:
+            found = {rank: self._look_at(self._places[rank]) for rank in one.ranks}
+            if self._now_s < one.until_s and not all(found[rank].stack for rank in one.asked):
+                self._looks.append(one)
+            else:
+                self._tell_seen(one.to, one.number, found)
+
+    def _tell_seen(self, to: int, number: int, found: dict[int, Seen]) -> None:
+        seen = {str(rank): [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}
+        self._tell(to, {"kind": "seen", "number": number, "seen": seen})
 
     def _own(self) -> Told:
         positions = self.positions()
