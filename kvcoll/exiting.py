@@ -67,7 +67,8 @@ def within_limit(step: Callable[[], object]) -> bool:
 def say_ended() -> None:
     """Leave a word where the command that started the job asks for it.
 
-    Under ``--with-ft ulfm`` Open MPI's mpirun gives exit code 0 when a whole host is lost.
+    Open MPI's mpirun (5.0.11) often gives exit code 0 when a whole host is lost: always under
+    ``--with-ft ulfm``, else where it hears of its daemon's connection before that of ssh.
     """
     path = os.environ.get(_ENDED_FILE)
     if path:

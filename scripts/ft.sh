@@ -15,7 +15,8 @@ _kvcoll_ft() {
 }
 
 # _kvcoll_open_end; CODE of what ran then; _kvcoll_close_end CODE: returns 88 in place of 0 if rank 0 has not come to
-# its end meanwhile. So it is when a whole host is lost: mpirun --with-ft ulfm ends with 0 then.
+# its end meanwhile. So it is when a whole host is lost: Open MPI 5.0.11's mpirun often ends with 0 then, with
+# --with-ft ulfm and without.
 _kvcoll_open_end() {
     KVCOLL_ENDED_FILE=$(mktemp -p . .kvcoll-ended.XXXXXX) || return
     export KVCOLL_ENDED_FILE=$PWD/${KVCOLL_ENDED_FILE#./}

@@ -28,7 +28,7 @@ print(MPI.get_vendor()[0])'
 # kvcoll_launch PROGRAM [ARGUMENT...]: runs it on all tasks of the job; returns its exit code. A SIGUSR1 that
 # comes to this shell goes on to all ranks, and is remembered.
 kvcoll_launch() {
-    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command started code kvcoll_ft=()
+    local name mpirun mpi_type=pmi2 launcher=${KVCOLL_LAUNCHER-} command started code looks= kvcoll_ft=()
     [[ " $* " != *" --elastic "* ]] || KVCOLL_ELASTIC=yes
     name=$(_kvcoll_mpi_name) || return
     [ "$name" != 'Open MPI' ] || mpi_type=pmix
@@ -51,6 +51,8 @@ kvcoll_launch() {
             [ "$name" != 'Open MPI' ] || command+=(--bind-to none)
             _kvcoll_ft "$mpirun"
             command+=("${kvcoll_ft[@]}")
+            [ ${#kvcoll_ft[@]} -eq 0 ] || looks=yes
+            [ "$name" != 'Open MPI' ] || [ "${SLURM_NNODES:-1}" -eq 1 ] || looks=yes
             ;;
         *)
             echo "kvcoll: KVCOLL_LAUNCHER is '$launcher': set it to srun or mpirun" >&2
@@ -62,7 +64,7 @@ kvcoll_launch() {
     export OMPI_MCA_osc=${OMPI_MCA_osc:-^ucx} # ucx: one-sided calls abort where no fabric is
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take over from the job
     echo "+ ${command[*]} python $*"
-    [ ${#kvcoll_ft[@]} -eq 0 ] || { _kvcoll_open_end && command+=(-x KVCOLL_ENDED_FILE); } || return
+    [ -z "$looks" ] || { _kvcoll_open_end && command+=(-x KVCOLL_ENDED_FILE); } || return
     kvcoll_was_asked=
     "${command[@]}" "$(command -v python)" "$@" & # beside this shell, which else would hear of no signal
     started=$!
@@ -73,7 +75,7 @@ kvcoll_launch() {
     wait "$started"
     code=$?
     trap '' USR1
-    [ ${#kvcoll_ft[@]} -eq 0 ] || { _kvcoll_close_end "$code" && code=0 || code=$?; }
+    [ -z "$looks" ] || { _kvcoll_close_end "$code" && code=0 || code=$?; }
     return "$code"
 }
 

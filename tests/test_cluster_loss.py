@@ -156,6 +156,8 @@ def test_when_a_host_is_lost_the_job_ends_and_resume_goes_on(
         pytest.skip(why)
     run = hosts.folder / f"run-{what}-{ft}"
     arguments = [str(TRAIN), "--checkpoint", str(run), "--epochs"]
+    ended = hosts.folder / f"ended-{what}-{ft}"
+    env = {"KVCOLL_ENDED_FILE": str(ended)}
 
     def ready() -> bool:
         return (run / "00000001" / "manifest.json").exists()
@@ -167,7 +169,9 @@ def test_when_a_host_is_lost_the_job_ends_and_resume_goes_on(
             hosts.on("kv2", "bash", "-c", "kill -9 -1")
 
     options = FT if ft else ()
-    job, took_s = run_until(hosts, [*arguments, "100000"], options=options, ready=ready, lose=lose)
+    job, took_s = run_until(
+        hosts, [*arguments, "100000"], options=options, ready=ready, lose=lose, env=env
+    )
     assert not job.timed_out, job.stdout
     assert "100000  " not in job.stdout
     if what == "cable":
@@ -175,18 +179,20 @@ def test_when_a_host_is_lost_the_job_ends_and_resume_goes_on(
         assert job.returncode != 0
     else:
         assert "kv2" in job.stdout  # the launcher names it
-        # Open MPI's own under ULFM is 0: scripts/slurm.sh does not trust it.
-        assert job.returncode != 0 or ft
+        # Open MPI's own may be 0, under ULFM always: scripts/slurm.sh goes by the file then.
+        assert job.returncode != 0 or is_open_mpi()
+    assert not ended.exists()
     assert took_s < ENDS_WITHIN_S
     end_s = time.monotonic() + 10
     while time.monotonic() < end_s and "train.py" in processes(hosts, "kv1"):
         time.sleep(0.2)
     assert "train.py" not in processes(hosts, "kv1")
     hosts.mend("kv2")
-    job, _ = run_until(hosts, [*arguments, "12", "--resume"])
+    job, _ = run_until(hosts, [*arguments, "12", "--resume"], env=env)
     assert not job.timed_out, job.stdout
     assert "resumed   " in job.stdout
     assert job.returncode == 0, job.stdout
+    assert ended.read_text() == "ended\n"
 
 
 def test_the_launcher_names_a_killed_rank_and_ends(hosts: Hosts, tidy: None) -> None:

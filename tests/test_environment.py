@@ -72,3 +72,55 @@ def test_a_job_has_the_mpi_that_it_names_whichever_environment_is_active(tmp_pat
     script = f"PATH={active}:$PATH; source scripts/slurm.sh && command -v python"
     assert said_by(script, KVCOLL_VENV=str(venv), KVCOLL_MPI="") == f"{active}/python"
     assert said_by(script, KVCOLL_VENV=str(venv), KVCOLL_MPI="mpich") == f"{venv}/bin/python"
+
+
+MPIRUN = """#!/bin/sh
+[ "$1" = --version ] && echo 'mpirun (Open MPI) 5.0.11' && exit
+[ -z "$KVCOLL_ENDED_FILE" ] || case "$*" in *"-x KVCOLL_ENDED_FILE"*) ;; *) exit 9 ;; esac
+[ ! -e ended ] || echo ended >"$KVCOLL_ENDED_FILE"
+exit "${ENDS_WITH:-0}"
+"""
+PYTHON = """#!/bin/sh
+case "$2" in *get_vendor*) echo 'Open MPI' ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "has_ended", "ends_with", "code"),
+    [(1, False, 0, 0), (2, True, 0, 0), (2, False, 0, 88), (2, False, 3, 3), (2, True, 1, 1)],
+)
+@pytest.mark.parametrize("elastic", ["", "yes"])
+def test_a_job_over_nodes_of_which_mpirun_says_that_it_ended_well_has_if_rank_0_says_so(
+    tmp_path: Path, elastic: str, n_nodes: int, has_ended: bool, ends_with: int, code: int
+) -> None:
+    if elastic and n_nodes == 1:
+        code = 88  # under ULFM it is always looked at
+    active = tmp_path / "active"
+    active.mkdir()
+    for name, text in (("mpirun", MPIRUN), ("python", PYTHON)):
+        (active / name).write_text(text)
+        (active / name).chmod(0o755)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    if has_ended:
+        (tmp_path / "ended").touch()
+    env = clean_environment() | {
+        "PATH": f"{active}:/usr/bin:/bin",
+        "KVCOLL_MPI": "",
+        "KVCOLL_LAUNCHER": "mpirun",
+        "KVCOLL_ELASTIC": elastic,
+        "SLURM_NTASKS": "2",
+        "SLURM_NNODES": str(n_nodes),
+        "ENDS_WITH": str(ends_with),
+    }
+    ran = subprocess.run(
+        ["bash", "-c", "source scripts/slurm.sh && kvcoll_launch program.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ran.returncode == code, ran
+    assert ("the job has not come to its end" in ran.stderr) == (code == 88)
+    assert not list(tmp_path.glob(".kvcoll-ended*"))
