@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from extras import needs
 from mpi_job import Job as MpiJob
 
 import kvcoll
@@ -24,8 +25,7 @@ from bench_overlap import ALONE, COMPUTE, IN_LINE, OVERLAPPED
 from bench_report import ratios, show_s
 from bench_wire import Wire
 
-pytest.importorskip("matplotlib", reason="scripts/bench.py needs the extra bench")
-pytestmark = [pytest.mark.jobs, pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.long, needs("bench", "scripts/bench.py")]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT = SCRIPTS / "bench.py"

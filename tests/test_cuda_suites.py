@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fake_cupy
 import pytest
+from extras import needs
 from host_kernel import needs_compiler
 from mpi_job import Job, clean_environment
 
@@ -48,9 +49,8 @@ def test_stores_of_one_process(tmp_path: Path) -> None:
     assert passed(done.stdout) > 70
 
 
+@needs("train", "scripts/train.py")
 def test_the_readmes_command_trains_on_gpus(mpirun: Callable[..., Job], tmp_path: Path) -> None:
-    for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
-        pytest.importorskip(package, reason="scripts/train.py needs the extra train")
     own = fake_cupy.environment(tmp_path)
     script, losses = TESTS.parent / "scripts" / "train.py", []
     for store in ("dist_sync", "dist_device_sync"):

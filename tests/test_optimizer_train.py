@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import needs
 from mpi_job import clean_environment
 
 import kvcoll
 
-for package in ("safetensors", "sklearn", "tqdm"):
-    pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = [pytest.mark.single, pytest.mark.long]
+pytestmark = [pytest.mark.single, pytest.mark.long, needs("train", "scripts/train.py")]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # In one process, since to import takes longer than to train.

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from extras import needs
 from mpi_job import Job, clean_environment
 
 import kvcoll
 
-for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
-    pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = [pytest.mark.jobs, pytest.mark.long]
+pytestmark = [pytest.mark.jobs, pytest.mark.long, needs("train", "scripts/train.py")]
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 # The jobs use the kvcoll that the suite uses, be it installed or not.

@@ -11,13 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from extras import needs
 from mpi_job import Job, why_no_ft
 
 import kvcoll
 
-for package in ("matplotlib", "safetensors", "sklearn", "tqdm"):
-    pytest.importorskip(package, reason="scripts/train.py needs the extra train")
-pytestmark = [pytest.mark.jobs, pytest.mark.limit(120), pytest.mark.long]
+pytestmark = [
+    pytest.mark.jobs,
+    pytest.mark.limit(120),
+    pytest.mark.long,
+    needs("train", "scripts/train.py"),
+]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PATHS = (SCRIPTS, Path(kvcoll.__file__).parents[1], os.environ.get("PYTHONPATH", ""))
