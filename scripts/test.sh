@@ -15,7 +15,7 @@ Tests that take some seconds each (marked long: training runs, checkpoints under
 doctor) are left out, unless KVCOLL_LONG_TESTS=yes.
 
 What it runs is mpirun -n RANKS python -m pytest ..., and it prints that line. At 1 rank two of them run at
-once: that of the tests which start jobs of their own (marked jobs) waits for those most of the time.
+once: that of the tests which start jobs of their own or sleep (marked jobs, waits) waits most of the time.
 A run of one number of ranks is ended after KVCOLL_TEST_RUN_LIMIT_S seconds (default: 600).
 "
 
@@ -81,7 +81,7 @@ add_up() {
 # Their own cache: two runs that end together would overwrite each other's list of failures.
 run_jobs_tests() {
     trap - INT # which a shell has what runs beside it ignore, and tests with it
-    KVCOLL_TEST_PART=jobs run 1 "$results/jobs" -o cache_dir=.pytest_cache/jobs
+    KVCOLL_TEST_PART=aside run 1 "$results/jobs" -o cache_dir=.pytest_cache/jobs
     echo "$? $SECONDS" >"$results/jobs-ended"
 }
 

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 LIMIT_S: Final = float(os.environ.get("KVCOLL_TEST_LIMIT_S", "60"))
 GRACE_S: Final = float(os.environ.get("KVCOLL_TEST_GRACE_S", "5"))
-PART: Final = os.environ.get("KVCOLL_TEST_PART", "")  # "jobs" or "others": only those tests
+PART: Final = os.environ.get("KVCOLL_TEST_PART", "")  # "aside" or "others": only those tests
 ALL_SINGLE: Final = re.compile(r"^pytestmark = \[?pytest\.mark\.(single|jobs)\b", re.MULTILINE)
 ALL_JOBS: Final = re.compile(r"^pytestmark = \[?pytest\.mark\.jobs\b", re.MULTILINE)
+ANY_ASIDE: Final = re.compile(r"\bmark\.(jobs|waits)\b")
 COUNTS_FILE: Final = os.environ.get("KVCOLL_TEST_COUNTS")
 WORLD: Final = pytest.StashKey[World]()
 MARKERS: Final = (
@@ -36,6 +37,7 @@ MARKERS: Final = (
     "long: it takes some seconds; scripts/test.sh leaves it out unless KVCOLL_LONG_TESTS=yes",
     "single: the test is for one rank only, as ranks(exactly=1)",
     "jobs: the same, and it starts jobs of its own: scripts/test.sh runs others beside it",
+    "waits: for one rank only, and it waits most of the time: it is run beside others, too",
     "limit(seconds): ends the run, with the stacks of all ranks, if the test takes longer",
 )
 
@@ -88,8 +90,9 @@ class RankRunner:
         text = collection_path.read_text()
         if self._world.size > 1:
             is_for_another = ALL_SINGLE.search(text) is not None
-        elif PART == "jobs":
-            is_for_another = collection_path.name.startswith("test_") and "mark.jobs" not in text
+        elif PART == "aside":
+            is_test = collection_path.name.startswith("test_")
+            is_for_another = is_test and ANY_ASIDE.search(text) is None
         else:
             is_for_another = PART == "others" and ALL_JOBS.search(text) is not None
         if not is_for_another:
@@ -199,9 +202,10 @@ class RankRunner:
 
 def _wants(item: pytest.Item, size: int) -> bool:
     """Tell whether a test is for a run of `size` ranks."""
-    has_jobs = item.get_closest_marker("jobs") is not None
-    is_single = has_jobs or item.get_closest_marker("single") is not None
-    if (is_single and size != 1) or (PART and has_jobs != (PART == "jobs")):
+    names = {marker.name for marker in item.iter_markers()}
+    is_aside = not names.isdisjoint(("jobs", "waits"))
+    is_single = is_aside or "single" in names
+    if (is_single and size != 1) or (PART and is_aside != (PART == "aside")):
         return False
 
     def fits(at_least: int = 1, exactly: int | None = None) -> bool:

@@ -99,6 +99,7 @@ def test_without_a_gpu_nothing_of_it_is_tried() -> None:
     assert "cupy" not in found
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -116,6 +117,7 @@ def test_how_a_probe_ended_is_told(
     assert apart.ask("dying", limit_s=2) == ({}, words)
 
 
+@pytest.mark.waits
 def test_those_that_a_probe_has_started_end_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

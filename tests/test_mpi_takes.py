@@ -71,7 +71,7 @@ def test_a_library_without_the_question_has_no_answer(tmp_path: Path) -> None:
     assert mpi_takes._says("libc.so.6") is None
 
 
-@single
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("code", "why"),
     [

@@ -100,7 +100,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.single
+@pytest.mark.waits
 @pytest.mark.parametrize(
     ("name", "how", "is_ended"),
     [

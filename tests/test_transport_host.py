@@ -83,6 +83,7 @@ class TestOneHostInATree(ThroughMemory):
     tree = True
 
 
+@pytest.mark.long
 class TestOneHostThatWaitsPatiently(ThroughMemory):
     piece_bytes = 64 << 10
     edges_bytes = (70 << 10,)

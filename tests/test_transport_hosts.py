@@ -80,6 +80,7 @@ class TestHostsOfTwoAsAStoreUsesThem(OverHosts):
     edges_bytes = (240 << 10,)
 
 
+@pytest.mark.long
 @pytest.mark.ranks(at_least=3)
 class TestHostsOfTwoThatWaitPatiently(OverHosts):
     hosts = {3: (0, 0, 1), 4: (0, 0, 1, 1)}  # noqa: RUF012

@@ -77,6 +77,7 @@ class TestMpiBetweenHosts(OverMpi):
     alone = True
 
 
+@pytest.mark.long
 class TestMpiThatWaitsPatiently(OverMpi):
     """Nothing goes by a call that waits as the MPI likes to."""
 

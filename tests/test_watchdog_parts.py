@@ -236,7 +236,7 @@ def test_a_process_that_lets_no_thread_run_leaves_its_stack_when_asked_and_goes_
     assert read_stack(process.pid, file) == ""
 
 
-@pytest.mark.single
+@pytest.mark.waits
 def test_a_stack_that_nobody_asks_for_is_not_written_even_if_no_thread_ran_for_long() -> None:
     # Of a process that is stopped, a thread with a timeout would write when all run again.
     with holder("while True: pass") as (process, file):
