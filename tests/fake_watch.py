@@ -64,6 +64,7 @@ class FakeRank:
             end_job=lambda text, has_lost: self.job_ends.append((text, has_lost)),
             stack=lambda ident: f"  line of rank {rank}\n",
             look=world.look_at,
+            ask=world.ask,
         )
 
     def _end(self, tracks: Sequence[int], text: str, late: Sequence[int]) -> None:
@@ -115,13 +116,23 @@ class FakeWorld:
         names = hosts or "a" * size
         self.places = [Place(names[rank], 100 + rank, 1, rank) for rank in range(size)]
         self.states = dict.fromkeys(range(size), "S")
+        #: The stacks of ranks that leave one when asked, a look later; '' for one that never does.
+        self.stacks: dict[int, str] = {}
+        self.asked: set[int] = set()
         boxes: list[deque[tuple[int, str]]] = [deque() for _ in range(size)]
         self.ranks = [FakeRank(rank, boxes, self) for rank in range(size)]
         for one in self.ranks:
             one.add_track()
 
     def look_at(self, place: Place) -> Seen:
-        return Seen(self.states[place.pid - 100], "a_wait")
+        rank = place.pid - 100
+        return Seen(self.states[rank], "a_wait", self.stacks[rank] if rank in self.asked else "")
+
+    def ask(self, place: Place) -> bool:
+        if place.pid - 100 not in self.stacks:
+            return False
+        self.asked.add(place.pid - 100)
+        return True
 
     def pass_time(self, span_s: float) -> None:
         for _ in range(round(span_s / LOOK_S)):

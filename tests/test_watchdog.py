@@ -9,6 +9,8 @@ from kvcoll.errors import ArgumentError
 from kvcoll.watchdog import Watchdog, settled
 from kvcoll.watchdog.bound import FIRST_CALLS, Learnt
 
+pytestmark = pytest.mark.single
+
 SETTINGS = Watchdog(floor_s=5, ceiling_s=100)
 
 
@@ -181,6 +183,38 @@ def test_a_rank_that_does_not_answer_is_looked_at_from_its_host(state: str, said
         world.pass_time(10)
         assert "rank 1 is late" in world.said[0]
         assert f"(process 101 on {hosts[1]}) {said}" in world.said[0]
+
+
+@pytest.mark.parametrize("state", ["S", "R"])
+@pytest.mark.parametrize("hosts", ["aaa", "abb"])
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_rank_that_does_not_answer_is_asked_for_its_stack_and_not_waited_for(
+    hosts: str, state: str, *, leaves: bool
+) -> None:
+    world = FakeWorld(3, hosts=hosts)
+    world.stacks = {1: "  line in C\n"} if leaves else {1: ""}
+    world.steps(FIRST_CALLS + 5)
+    for rank in (0, 2):
+        world.ranks[rank].enter()
+    world.ranks[1].answers, world.states[1] = False, state
+    world.pass_time(9)
+    assert world.asked == {1}
+    assert len(world.said) == 1
+    assert "rank 1 (process 101 on" in world.said[0]
+    assert (". It is at\n    line in C\n" in world.said[0]) == leaves
+
+
+@pytest.mark.parametrize("state", ["T", "t", "Z", "gone"])
+def test_a_rank_that_is_stopped_or_has_ended_is_not_asked_for_its_stack(state: str) -> None:
+    world = FakeWorld(3)
+    world.stacks = {1: "  line in C\n"}
+    world.steps(FIRST_CALLS + 5)
+    for rank in (0, 2):
+        world.ranks[rank].enter()
+    world.ranks[1].answers, world.states[1] = False, state
+    world.pass_time(9)
+    assert not world.asked
+    assert [said for one in world.ranks for said in (*one.said, *one.job_ends)]
 
 
 def test_of_a_host_from_which_nobody_answers_that_is_said() -> None:
