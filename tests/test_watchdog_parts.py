@@ -188,7 +188,7 @@ import ctypes, os, signal, sys, threading, time
 from kvcoll.watchdog.held import HeldStack
 {first}
 held = HeldStack()
-held.begin()
+print(held.begin(), flush=True)
 print(held.file, flush=True)
 {then}
 """
@@ -208,13 +208,16 @@ def place_of(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> Place:
 
 
 @contextmanager
-def holder(then: str, first: str = "") -> Iterator[tuple[subprocess.Popen[str], int]]:
+def holder(
+    then: str, first: str = "", *, begins: bool = True
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """Start a process that has a `HeldStack`; give it, and the number of its file."""
     program = HOLDER.format(first=first, then=then)
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
+        assert process.stdout.readline() == f"{begins}\n"
         yield process, int(process.stdout.readline())
     finally:
         process.kill()
@@ -274,7 +277,7 @@ work()
 @pytest.mark.single
 def test_a_program_keeps_its_own_handler_for_the_signal() -> None:
     own = "signal.signal(signal.SIGURG, lambda *_: print('own', flush=True))"
-    with holder("while True: time.sleep(0.01)", first=own) as (process, file):
+    with holder("while True: time.sleep(0.01)", first=own, begins=False) as (process, file):
         ask_for_stack(process.pid)
         assert process.stdout is not None
         assert process.stdout.readline() == "own\n"
@@ -300,7 +303,7 @@ def test_a_stack_is_forgotten_when_threads_run_again() -> None:
     assert read_stack(os.getpid(), held.file) == ""
     os.write(held.file, b'Current thread 0x01:\n  File "m.py", line 2 in outer\n')
     assert read_stack(os.getpid(), held.file) == '  File "m.py", line 2 in outer\n'
-    os.close(held.file)
+    held.close()
 
 
 # Processes

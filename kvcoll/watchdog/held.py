@@ -35,17 +35,23 @@ class HeldStack:
         self.file = os.memfd_create("kvcoll-held-stack", os.MFD_CLOEXEC)
         self._is_on = False
 
-    def begin(self) -> None:
-        """Write it from now on, unless the program has a handler of its own for the signal."""
+    def begin(self) -> bool:
+        """Write it from now on; say whether: not if the program has a handler for the signal."""
         if not self._is_on and not _has_handler(os.getpid()):
             faulthandler.register(_SIGNAL, file=self.file, all_threads=False)
             self._is_on = True
+        return self._is_on
 
     def clear(self) -> None:
         """Forget what was written: a thread of Python's can answer again."""
         if os.fstat(self.file).st_size:
             os.ftruncate(self.file, 0)
             os.lseek(self.file, 0, os.SEEK_SET)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self.end()
+        os.close(self.file)
 
     def end(self) -> None:
         """Have nothing written any more."""

@@ -151,6 +151,9 @@ def watch(
     if track.settings.held_stacks and _held is None:
         with suppress(OSError):  # memfd_create is not allowed: then without such stacks
             _held = HeldStack()
+            if not _held.begin():
+                _held.close()
+                _held = None
     group = comm.Get_group()
     known = [w for w in _watches if mpi.Group.Compare(w.group, group) == mpi.IDENT]
     group.Free()
