@@ -15,7 +15,8 @@ Tests that take some seconds each (marked long: training runs, checkpoints under
 doctor) are left out, unless KVCOLL_LONG_TESTS=yes.
 
 What it runs is mpirun -n RANKS python -m pytest ..., and it prints that line. At 1 rank two of them run at
-once: that of the tests which start jobs of their own or sleep (marked jobs, waits) waits most of the time.
+once, as tests which start jobs of their own or sleep (marked jobs, waits) wait most of the time; their run may
+go on beside the next one.
 A run of one number of ranks is ended after KVCOLL_TEST_RUN_LIMIT_S seconds (default: 600).
 "
 
@@ -85,26 +86,37 @@ run_jobs_tests() {
     echo "$? $SECONDS" >"$results/jobs-ended"
 }
 
-for ranks in $all_ranks; do
-    : >"$results/counts" >"$results/jobs"
-    began=$SECONDS
-    printf '\n== %s rank(s) ==\n' "$ranks"
-    if [ "$ranks" -gt 1 ]; then
-        run "$ranks" "$results/counts"
-        add_up "$ranks rank(s)" $? $((SECONDS - began)) "$results/counts"
-        continue
-    fi
-    run_jobs_tests </dev/null >"$results/said" 2>&1 &
-    beside=$!
-    KVCOLL_TEST_PART=others run 1 "$results/counts"
-    add_up "1 rank(s)" $? $((SECONDS - began)) "$results/counts"
+# They end while the next run goes on, if there is one.
+end_jobs_tests() {
+    local code ended
+    [ -n "$beside" ] || return 0
     wait "$beside"
     beside=
     printf '\n== 1 rank, tests that start jobs of their own ==\n'
     cat "$results/said"
     read -r code ended <"$results/jobs-ended"
-    add_up "1 rank(s), with jobs of their own" "$code" $((ended - began)) "$results/jobs"
+    add_up "1 rank(s), with jobs of their own" "$code" $((ended - jobs_began)) "$results/jobs"
+}
+
+for ranks in $all_ranks; do
+    : >"$results/counts"
+    began=$SECONDS
+    printf '\n== %s rank(s) ==\n' "$ranks"
+    if [ "$ranks" -gt 1 ]; then
+        run "$ranks" "$results/counts"
+        add_up "$ranks rank(s)" $? $((SECONDS - began)) "$results/counts"
+        end_jobs_tests
+        continue
+    fi
+    end_jobs_tests # of another '1' in what -n gives
+    : >"$results/jobs"
+    jobs_began=$began
+    run_jobs_tests </dev/null >"$results/said" 2>&1 &
+    beside=$!
+    KVCOLL_TEST_PART=others run 1 "$results/counts"
+    add_up "1 rank(s)" $? $((SECONDS - began)) "$results/counts"
 done
+end_jobs_tests
 
 printf '\n== summary: %s, %s cores ==\n' "$kvcoll_mpi" "$kvcoll_cores"
 printf '%s\n' "${lines[@]}"

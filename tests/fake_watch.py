@@ -126,6 +126,8 @@ class FakeWorld:
 
     def look_at(self, place: Place) -> Seen:
         rank = place.pid - 100
+        if rank in self.asked and self.states[rank] == "S":  # it runs, and writes its stack
+            return Seen("R", "", self.stacks[rank])
         return Seen(self.states[rank], "a_wait", self.stacks[rank] if rank in self.asked else "")
 
     def ask(self, place: Place) -> bool:

@@ -106,8 +106,10 @@ class RankRunner:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave out the tests that are for another number of ranks."""
-        kept = [item for item in items if _wants(item, self._world.size)]
-        left_out = [item for item in items if item not in set(kept)]
+        kept: list[pytest.Item] = []
+        left_out: list[pytest.Item] = []
+        for item in items:
+            (kept if _wants(item, self._world.size) else left_out).append(item)
         if left_out:
             self._left_out += len(left_out)
             self._config.hook.pytest_deselected(items=left_out)

@@ -201,6 +201,8 @@ def test_a_rank_that_does_not_answer_is_asked_for_its_stack_and_not_waited_for(
     assert world.asked == {1}
     assert len(world.said) == 1
     assert "rank 1 (process 101 on" in world.said[0]
+    what = {"S": "sleeps (in a_wait)", "R": "computes"}[state]
+    assert f"does not answer: it {what}, in code that lets" in world.said[0]  # before it was asked
     assert (". It is at\n    line in C\n" in world.said[0]) == leaves
 
 
@@ -322,6 +324,55 @@ def test_a_rank_whose_process_has_ended_ends_the_job_within_seconds() -> None:
     text, has_lost = world.ranks[0].job_ends[0]
     assert "rank 2 (process 102 on a) has ended without a word" in text
     assert has_lost
+
+
+def test_a_wait_that_is_over_does_not_put_off_the_report_of_another() -> None:
+    world = FakeWorld(3)
+    for one in world.ranks:
+        one.add_track()
+    for _ in range(FIRST_CALLS + 5):
+        world.steps(1)
+        for one in world.ranks:
+            one.enter(track=1)
+            one.leave(track=1)
+    world.ranks[2].answers = False
+    world.ranks[0].enter("push('a')")
+    world.ranks[1].enter("push('b')", track=1)
+    world.pass_time(5.75)
+    assert world.said == []  # all ranks have been asked
+    for one in world.ranks[1:]:
+        one.enter("push('a')")
+    for one in world.ranks:
+        one.leave()
+    world.pass_time(5)
+    assert len(world.said) == 1
+    assert world.said[0].startswith("rank 1 has waited")
+    assert "push('b')" in world.said[0]
+
+
+@pytest.mark.parametrize("behind", [0, 1, 2])
+@pytest.mark.parametrize(("sooner_s", "due_s"), [(0.25, 5), (1.0, 5), (4.0, 10)])
+def test_a_rank_that_is_held_up_in_the_call_before_hides_no_wait_by_noting_its_own(
+    behind: int, sooner_s: float, due_s: float
+) -> None:
+    world = FakeWorld(3, ends_all=True)
+    world.steps(FIRST_CALLS + 5)
+    for one in world.ranks:
+        one.enter("push('a')")
+        one.agree()
+    world.pass_time(sooner_s)  # for so much longer it is in its call than the others wait
+    others = [one for rank, one in enumerate(world.ranks) if rank != behind]
+    for one in others:
+        one.leave()
+        one.enter("push('b')")
+    world.pass_time(due_s + 2)
+    assert len(world.said) == 1
+    assert f"push('b'): rank {behind} is late" in world.said[0]
+    world.pass_time(60 - due_s)
+    for one in others:
+        ((_, text, late),) = one.ends
+        assert late == [behind]
+        assert f"push('b'): rank {behind} is late" in text
 
 
 def test_without_a_limit_nothing_is_ended() -> None:

@@ -32,6 +32,7 @@ class _Gathering:
     waited_s: float  # for so long somebody has waited when it began
     began_s: float
     until_s: float
+    sources: set[int]  # whose notices it is made for
     told: dict[int, Told] = field(default_factory=dict)
     seen: dict[int, Seen] = field(default_factory=dict)
     looking: set[int] = field(default_factory=set)  # who look at ranks of their hosts
@@ -99,11 +100,12 @@ class Reporter:
         if at is not None:
             at.why, at.waited_s = max(why, at.why), min(waited_s, at.waited_s)
             at.tracks |= tracks
+            at.sources.add(source)
             own.tell(source, {"kind": "heard", "why": at.why})
             return
         self._n_gatherings += 1
         until_s = now_s + (ANSWER_S if own.reaches_others else 0.0)
-        self._at = _Gathering(self._n_gatherings, why, tracks, waited_s, now_s, until_s)
+        self._at = _Gathering(self._n_gatherings, why, tracks, waited_s, now_s, until_s, {source})
         for rank in self._ranks:
             own.tell(rank, {"kind": "ask", "number": self._n_gatherings, "why": why})
 
@@ -123,6 +125,7 @@ class Reporter:
         """Make no report of what is over; say once that what was spoken of is."""
         if self._at is not None and track in self._at.tracks:
             self._at = None  # what was told is of before
+            self._let_speak(self._ranks)
         late, self._open = self._open, None
         if late is not None:
             who = f"for {name_ranks(late)} " if late else ""
@@ -164,7 +167,10 @@ class Reporter:
         incident = Incident(own.places, told, tracks, at.seen, can_ask=own.reaches_others)
         waited_s = incident.waited_s()
         if waited_s < at.waited_s + age_s - _SLACK_S:
-            return  # they go on
+            # They go on; or those that gave notice are in the midst of a call, and others, who
+            # wait for them, have not done so for as long: these may speak when they have.
+            self._let_speak(told.keys() - at.sources)
+            return
         late, text = incident.all_late(), incident.text()
         if at.why == LIMIT or (incident.ended and not own.ends_all):
             self._end_waits(incident, text, late)
@@ -173,6 +179,11 @@ class Reporter:
         for rank in at.told:
             own.tell(rank, {"kind": "said"})
         own.say(f"{text}\n  {self._what_next(incident, waited_s)}")
+
+    def _let_speak(self, ranks: Collection[int]) -> None:
+        """Have ranks give notice again that were asked for a report which is not made."""
+        for rank in ranks:
+            self._own.tell(rank, {"kind": "unsaid"})
 
     def _end_waits(self, incident: Incident, text: str, late: list[int]) -> None:
         self._open = None

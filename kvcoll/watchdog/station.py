@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 from .post import Message, Post
@@ -38,7 +38,7 @@ class _Look:
 
     to: int
     number: int
-    ranks: list[int]
+    found: dict[int, Seen]  # before they were asked: one that writes its stack computes
     asked: list[int]
     until_s: float
 
@@ -216,6 +216,10 @@ class Station:
             self._end(message["tracks"], message["text"], message["late"])
         elif kind == "said":
             self._take_for_said()
+        elif kind == "unsaid":
+            self._quiet_why, self._quiet_until_s = 0, 0.0
+            for track in self._tracks.values():
+                track.was_not_spoken_of()
         elif kind == "over":
             self._reporter.take_over(message["track"], message["after_s"])
         elif kind == "told":
@@ -229,18 +233,22 @@ class Station:
         able = [rank for rank, one in found.items() if not (one.has_ended or one.is_stopped)]
         asked = [rank for rank in able if self._ask(self._places[rank])]
         if asked:
-            self._looks.append(_Look(to, number, ranks, asked, self._now_s + _STACK_S))
+            self._looks.append(_Look(to, number, found, asked, self._now_s + _STACK_S))
         else:
             self._tell_seen(to, number, found)
 
     def _end_looks(self) -> None:
         looks, self._looks = self._looks, []
         for one in looks:
-            found = {rank: self._look_at(self._places[rank]) for rank in one.ranks}
-            if self._now_s < one.until_s and not all(found[rank].stack for rank in one.asked):
+            again = {rank: self._look_at(self._places[rank]) for rank in one.found}
+            if self._now_s < one.until_s and not all(again[rank].stack for rank in one.asked):
                 self._looks.append(one)
-            else:
-                self._tell_seen(one.to, one.number, found)
+                continue
+            found = {
+                rank: now if now.has_ended else replace(one.found[rank], stack=now.stack)
+                for rank, now in again.items()
+            }
+            self._tell_seen(one.to, one.number, found)
 
     def _tell_seen(self, to: int, number: int, found: dict[int, Seen]) -> None:
         seen = {str(rank): [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}

@@ -136,7 +136,7 @@ class Track:
         self._seen: tuple[object, ...] = ()
         self._entered = ranks.entered
         self._for_s = self._still_s = 0.0
-        self._said_s = 0.0  # this wait was spoken of after so long
+        self._said_s = self._said_before_s = 0.0  # this wait was spoken of after so long
 
     def add(self, store: Watched) -> None:
         """Watch one more store; called in the thread of `create`."""
@@ -172,7 +172,8 @@ class Track:
             self._for_s += elapsed_s
             return 0.0
         over_s = self._for_s if self._said_s else 0.0
-        self._seen, self._for_s, self._said_s = seen, 0.0, 0.0
+        self._seen, self._for_s = seen, 0.0
+        self._said_s = self._said_before_s = 0.0
         return over_s
 
     def position(self) -> Position:
@@ -217,8 +218,13 @@ class Track:
 
     def was_spoken_of(self) -> None:
         """Note that this wait has been spoken of, whichever rank it was due on."""
+        self._said_before_s = self._said_s
         if self.has_waited():
             self._said_s = max(self._for_s, 1e-3)
+
+    def was_not_spoken_of(self) -> None:
+        """Take the last note of that kind back."""
+        self._said_s = self._said_before_s
 
     @property
     def settings(self) -> Watchdog:
