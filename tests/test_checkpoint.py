@@ -18,6 +18,7 @@ from checkpointed import (
     train,
     values,
 )
+from extras import first_quick
 
 import kvcoll
 from kvcoll import KVStore, optimizer
@@ -33,7 +34,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), list(zip(OPTIMIZERS, ["one part", "parts"] * 3, strict=False))
+    ("name", "parts"), first_quick(zip(OPTIMIZERS, ["one part", "parts"] * 3, strict=False), 2)
 )
 def test_training_goes_on_with_the_bits_of_a_run_that_did_not_stop(
     kv: KVStore,
@@ -66,12 +67,14 @@ def test_training_goes_on_with_the_bits_of_a_run_that_did_not_stop(
 
 @pytest.mark.parametrize(
     "params",
-    [
-        {"type": "2bit", "threshold": 1.5},
-        {"type": "1bit"},
-        {"type": "fp16", "error_feedback": True},
-        {"type": "bf16"},
-    ],
+    first_quick(
+        [
+            {"type": "2bit", "threshold": 1.5},
+            {"type": "1bit"},
+            {"type": "fp16", "error_feedback": True},
+            {"type": "bf16"},
+        ]
+    ),
     ids=lambda params: params["type"],
 )
 def test_compression_goes_on_with_what_it_had_left_over(

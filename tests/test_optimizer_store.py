@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pytest
+from extras import first_quick
 from optimizer_references import RULES, book_with_everything, make, make_with_everything
 from raised_by_all import raised_by_all
 
@@ -107,7 +108,10 @@ def train(comm: MPI.Intracomm, name: str, dtype: str, way: str) -> list[Array]:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("LAMB", "f4"), ("LAMB", "f2"), ("LARS with momentum", "f4"), ("RMSProp, centered", "f2")],
+    first_quick(
+        [("LAMB", "f4"), ("RMSProp, centered", "f2"), ("LAMB", "f2"), ("LARS with momentum", "f4")],
+        2,
+    ),
 )
 def test_keys_in_one_bucket_are_updated_as_each_alone_would_be(
     comm: MPI.Intracomm, name: str, dtype: str

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from extras import first_quick
 
 import kvcoll
 from kvcoll import KVStore, optimizer, tensors
@@ -82,7 +83,9 @@ def another(kv: KVStore, like: list[Array]) -> KVStore:
     return store
 
 
-@pytest.mark.parametrize(("name", "dump"), list(zip(OPTIMIZERS, [True, False] * 3, strict=False)))
+@pytest.mark.parametrize(
+    ("name", "dump"), first_quick(zip(OPTIMIZERS, [True, False] * 3, strict=False), 2)
+)
 def test_training_goes_on_with_the_bits_of_a_run_that_did_not_stop(
     kv: KVStore, tmp_path: Path, name: str, dump: bool
 ) -> None:
@@ -330,6 +333,7 @@ def test_pushes_that_still_run_behind_their_caller_are_in_the_file(
         np.testing.assert_array_equal(kv.pull(1), other.pull(1))
 
 
+@pytest.mark.long
 def test_ranks_that_wait_for_a_file_leave_their_cores_to_others(
     comm: Any, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
