@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from extras import needs
+from marks import needs
 from mpi_job import Job as MpiJob
 
 import kvcoll

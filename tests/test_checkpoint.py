@@ -18,7 +18,7 @@ from checkpointed import (
     train,
     values,
 )
-from extras import first_quick
+from marks import first_quick
 
 import kvcoll
 from kvcoll import KVStore, optimizer

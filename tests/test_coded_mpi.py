@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from coded_sums import F32, F64, IN_PIECES, KINDS, PLACES, USUAL, expected, sum_codes
-from extras import first_quick
+from marks import first_quick
 
 from kvcoll import reduction
 from kvcoll.topology import Topology

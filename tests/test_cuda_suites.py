@@ -14,8 +14,8 @@ from pathlib import Path
 
 import fake_cupy
 import pytest
-from extras import needs
 from host_kernel import needs_compiler
+from marks import needs
 from mpi_job import Job, clean_environment
 
 pytestmark = [pytest.mark.jobs, pytest.mark.long, needs_compiler]

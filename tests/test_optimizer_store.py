@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pytest
-from extras import first_quick
+from marks import first_quick
 from optimizer_references import RULES, book_with_everything, make, make_with_everything
 from raised_by_all import raised_by_all
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from extras import needs
+from marks import needs
 from mpi_job import clean_environment
 
 import kvcoll

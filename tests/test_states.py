@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from extras import first_quick
+from marks import first_quick
 
 import kvcoll
 from kvcoll import KVStore, optimizer, tensors

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from extras import needs
+from marks import needs
 from mpi_job import Job, clean_environment
 
 import kvcoll

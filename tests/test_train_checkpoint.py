@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from extras import needs
+from marks import needs
 from mpi_job import Job, why_no_ft
 
 import kvcoll

@@ -229,7 +229,7 @@ class Station:
 
     def _begin_look(self, to: int, number: int, ranks: list[int]) -> None:
         """Look at processes of this host; again, a look later at least, if one leaves its stack."""
-        found = {rank: self._look_at(self._places[rank]) for rank in ranks}
+        found = self._look_at_all(ranks)
         able = [rank for rank, one in found.items() if not (one.has_ended or one.is_stopped)]
         asked = [rank for rank in able if self._ask(self._places[rank])]
         if asked:
@@ -240,7 +240,7 @@ class Station:
     def _end_looks(self) -> None:
         looks, self._looks = self._looks, []
         for one in looks:
-            again = {rank: self._look_at(self._places[rank]) for rank in one.found}
+            again = self._look_at_all(one.found)
             if self._now_s < one.until_s and not all(again[rank].stack for rank in one.asked):
                 self._looks.append(one)
                 continue
@@ -249,6 +249,9 @@ class Station:
                 for rank, now in again.items()
             }
             self._tell_seen(one.to, one.number, found)
+
+    def _look_at_all(self, ranks: Collection[int]) -> dict[int, Seen]:
+        return {rank: self._look_at(self._places[rank]) for rank in ranks}
 
     def _tell_seen(self, to: int, number: int, found: dict[int, Seen]) -> None:
         seen = {str(rank): [one.state, one.sleeps_in, one.stack] for rank, one in found.items()}
